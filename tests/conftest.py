@@ -1,0 +1,21 @@
+"""Shared fixtures. Four simulated CPU devices, so that every test can compare one device with several."""
+
+import os
+import pathlib
+
+# Both must be set before jax is first imported.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of data and weights beside the checkout; a test that needs it is skipped where it is absent."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"needs the folder {path} with CamVid and the ResNet-18 weights")
+    return path
