@@ -1,0 +1,174 @@
+"""Batches for training and evaluation from a random-access source, read in threads by Grain.
+
+A source has `len(source)`, `source[i] -> {"image": (H, W, 3) uint8, "label": (H, W) uint8, ...}` and, for evaluation,
+`source.label_sizes() -> (N, 2) int`, the height and width of every label. Images stay uint8: a quarter of the bytes to
+keep ahead and to send to the device, which normalises them.
+"""
+
+from typing import Protocol
+
+import grain
+import numpy as np
+from PIL import Image
+
+from jaxseg.data.labels import IGNORE_LABEL
+
+
+class Source(Protocol):
+    """A random-access data set; `source[i]` is called from several threads at once."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> dict:
+        """One example: {"image": (H, W, 3) uint8, "label": (H, W) uint8}."""
+        ...
+
+    def label_sizes(self) -> np.ndarray:
+        """(N, 2) int: the height and width of every label, in pixels."""
+        ...
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes an image, bilinearly; when shrinking, each pixel averages all that fall under it (antialiasing).
+
+    Args:
+      image: (H, W, 3) uint8.
+      size: (height, width) in pixels.
+
+    Returns:
+      (height, width, 3) uint8; `image` itself when it already has the size.
+
+    Source: torch.nn.functional.interpolate(mode="bilinear", antialias=True), to one grey level.
+    """
+    if image.shape[:2] == tuple(size):
+        return image
+    height, width = size
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a label to the nearest pixel, with half-pixel centres: no new value appears.
+
+    Args:
+      label: (H, W) uint8.
+      size: (height, width) in pixels.
+
+    Returns:
+      (height, width) uint8; `label` itself when it already has the size.
+
+    Source: torch.nn.functional.interpolate(mode="nearest-exact").
+    """
+    if label.shape == tuple(size):
+        return label
+    # floor((i + 1/2) * old / new) in whole numbers: a half-way case cannot be rounded wrongly.
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(label.shape, size, strict=True))
+    return label[rows][:, columns]
+
+
+def steps_per_epoch(source: Source, batch_size: int) -> int:
+    """The number of whole batches in one pass over `source`; the images left over wait for another epoch's shuffle.
+
+    Raises:
+      ValueError: `source` holds less than one batch.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: must be at least 1")
+    if len(source) < batch_size:
+        raise ValueError(
+            f"the training split has {len(source)} images, less than one batch of {batch_size}:"
+            f" give --batch-size {len(source)} or smaller"
+        )
+    return len(source) // batch_size
+
+
+def train_batches(
+    source: Source, *, image_size: tuple[int, int], batch_size: int, seed: int, num_threads: int = 4
+) -> grain.IterDataset:
+    """Endless training batches, shuffled anew in each epoch: a function of the seed, not of the threads.
+
+    Args:
+      source: the training split.
+      image_size: (height, width) in pixels that images and labels are resized to.
+      batch_size: images per batch; those left over at an epoch's end are dropped.
+      seed: 0 to 2**32 - 1.
+      num_threads: batches that are prepared at the same time.
+
+    Returns:
+      A data set whose iterator gives {"image": (N, H, W, 3) uint8, "label": (N, H, W) uint8, "index": (N,) int32, the
+      items' places in `source`} and has `get_state()` and `set_state(state)`.
+
+    Raises:
+      ValueError: `source` holds less than one batch, or the seed is out of range.
+    """
+    steps_per_epoch(source, batch_size)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: must be between 0 and {2**32 - 1}")
+
+    def example(index: int) -> dict:
+        item = source[index]
+        return {
+            "image": resize_image(item["image"], image_size),
+            "label": resize_label(item["label"], image_size),
+            "index": np.int32(index),
+        }
+
+    # The seed goes before the shuffle, which needs it, and the batches before the repeat, or they straddle two epochs.
+    batches = grain.MapDataset.range(len(source)).seed(seed).shuffle().map(example)
+    return _read_ahead(batches.batch(batch_size, drop_remainder=True).repeat(None), num_threads)
+
+
+def eval_batches(
+    source: Source, *, image_size: tuple[int, int], batch_size: int, num_threads: int = 4
+) -> grain.IterDataset:
+    """One pass over every image, in order, with each label at its own size.
+
+    All batches have the same shapes, so that the step compiles once: labels lie in the top left corner of a canvas as
+    high and as wide as the largest, and the last batch is filled up with copies of the last image that do not count.
+
+    Args:
+      source: the split.
+      image_size: (height, width) in pixels that images, not labels, are resized to.
+      batch_size: images per batch.
+      num_threads: batches that are prepared at the same time.
+
+    Returns:
+      A data set that can be iterated over again and again, giving {"image": (N, H, W, 3) uint8, "label": (N, Hc, Wc)
+      uint8, ignored (255) outside of the label, "label_size": (N, 2) int32, the label's own (height, width), "valid":
+      (N,) bool, False for a copy, whose label is all ignored, "index": (N,) int32, the items' places in `source`}.
+
+    Raises:
+      ValueError: `source` is empty, or `batch_size` is less than 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: must be at least 1")
+    if len(source) == 0:
+        raise ValueError("the split to evaluate on is empty: it needs at least one image")
+    last = len(source) - 1
+    canvas_size = tuple(int(length) for length in source.label_sizes().max(axis=0))
+
+    def example(position: int) -> dict:
+        index = min(position, last)
+        item = source[index]
+        height, width = item["label"].shape
+        label = np.full(canvas_size, IGNORE_LABEL, np.uint8)
+        if position <= last:
+            label[:height, :width] = item["label"]
+        return {
+            "image": resize_image(item["image"], image_size),
+            "label": label,
+            "label_size": np.array([height, width], np.int32),
+            "valid": np.bool_(position <= last),
+            "index": np.int32(index),
+        }
+
+    num_batches = -(-len(source) // batch_size)
+    examples = grain.MapDataset.range(num_batches * batch_size).map(example)
+    return _read_ahead(examples.batch(batch_size, drop_remainder=True), num_threads)
+
+
+def _read_ahead(batches: grain.MapDataset, num_threads: int) -> grain.IterDataset:
+    """Iterates in threads. Grain's default keeps 500 elements ahead, which here are whole batches."""
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(4, num_threads))
+    return batches.to_iter_dataset(options)
