@@ -1,0 +1,1 @@
+"""Where images and labels come from. Imports no jax."""

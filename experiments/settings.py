@@ -1,0 +1,119 @@
+"""The options of the training experiments. Imports no jax, so that --help comes at once."""
+
+import dataclasses
+import datetime
+import pathlib
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a data set is trained with unless an option says otherwise; see `Settings` for each."""
+
+    image_size: tuple[int, int]
+    batch_size: int
+    epochs: tuple[int, int]
+    learning_rate: tuple[float, float]
+    schedule: Literal["constant", "cosine"]
+
+
+RECIPES = {
+    # Ours: the encoder starts from random numbers, and it has to fit into ten minutes on two CPU cores.
+    "shapes": Recipe((96, 128), 16, (1, 12), (1e-3, 1e-3), "cosine"),
+    # The report's image size; it does not give its epochs and learning rates: these are ours.
+    "folder": Recipe((352, 448), 8, (10, 15), (1e-3, 3e-4), "constant"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of a run. An option left at None takes the value of the data set's recipe."""
+
+    dataset: str = "shapes"
+    """What to train on: `shapes` (renders its own pictures) or `folder:DIR`, where DIR holds
+    {train,val,test}/{img,seg} with a PNG label of the same stem for each image; test may be missing."""
+    num_classes: int | None = None
+    """Number of classes of a folder without a classes.txt (labels 0 to num_classes - 1; 255 is ignored)."""
+    data_dir: pathlib.Path = pathlib.Path("data")
+    """Where data sets that the program prepares itself are kept."""
+    weights: str | None = None
+    """The encoder's weights: a torchvision ResNet-18 file (.pth), or `none` for a random encoder.
+    Must be given for every data set but `shapes`."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels to which images are resized for training and validation."""
+    batch_size: int | None = None
+    """Images in a batch, over all devices."""
+    epochs: tuple[int, int] | None = None
+    """Epochs of stage 1 (encoder frozen) and of stage 2 (everything trains); 0 leaves a stage out."""
+    learning_rate: tuple[float, float] | None = None
+    """Adam's learning rate in stage 1 and in stage 2."""
+    schedule: Literal["constant", "cosine"] | None = None
+    """The learning rate over a stage: constant, or a cosine down to 0."""
+    seed: int = 0
+    """Seeds the initial parameters and the order of the images."""
+    workdir: pathlib.Path | None = None
+    """Folder for everything that the run writes; a fresh one under runs/ if it is not given."""
+
+
+def parse(name: str, description: str, argv: list[str] | None = None) -> Settings:
+    """Reads the command line; prints the help and exits (0), or a mistake in it (2), as argparse does.
+
+    Args:
+      name: the experiment's, such as 'baseline'.
+      description: what it does, for --help.
+      argv: the arguments, `sys.argv[1:]` if None.
+
+    Returns:
+      The settings, with every None replaced that has a default.
+
+    Raises:
+      ValueError: a value is out of range, or the data set or the weights are not named as they must be.
+    """
+    settings = tyro.cli(
+        Annotated[Settings, tyro.conf.configure(tyro.conf.OmitSubcommandPrefixes)],
+        prog=f"python -m experiments.{name}",
+        description=description,
+        args=argv,
+    )
+    return complete(settings, name)
+
+
+def complete(settings: Settings, name: str) -> Settings:
+    """Fills in the recipe and the workdir, and checks every value; raises ValueError as `parse` says."""
+    kind = settings.dataset.partition(":")[0]
+    if kind not in RECIPES or (kind == "folder") != settings.dataset.startswith("folder:"):
+        raise ValueError(f"unknown --dataset {settings.dataset!r}: use shapes or folder:DIR")
+    if settings.weights is None and kind != "shapes":
+        raise ValueError("--weights is missing: give a torchvision ResNet-18 .pth file, or none for a random encoder")
+    recipe = dataclasses.asdict(RECIPES[kind])
+    values = {option: value for option, value in recipe.items() if getattr(settings, option) is None}
+    if settings.weights is None:
+        values["weights"] = "none"
+    if settings.workdir is None:
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        values["workdir"] = pathlib.Path("runs") / f"{name}-{_slug(settings.dataset)}-{now}"
+    settings = dataclasses.replace(settings, **values)
+    _check(settings)
+    return settings
+
+
+def _slug(dataset: str) -> str:
+    kind, _, folder = dataset.partition(":")
+    return pathlib.Path(folder).resolve().name if folder else kind
+
+
+def _check(settings: Settings) -> None:
+    positive = {
+        "--image-size": min(settings.image_size),
+        "--batch-size": settings.batch_size,
+        "--learning-rate": min(settings.learning_rate),
+    }
+    for option, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{option} must be above 0, not {value}")
+    if min(settings.epochs) < 0 or max(settings.epochs) == 0:
+        raise ValueError(f"--epochs {settings.epochs[0]} {settings.epochs[1]}: both from 0 up, and one of them above 0")
+    if settings.num_classes is not None and not 2 <= settings.num_classes <= 255:
+        raise ValueError(f"--num-classes must be from 2 to 255, not {settings.num_classes}")

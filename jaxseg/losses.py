@@ -1,0 +1,35 @@
+"""Pixel cross-entropy that is right about ignored pixels."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def pixel_cross_entropy(
+    logits: jnp.ndarray, label: jnp.ndarray, ignore_label: int = 255, axis_name: str | None = None
+) -> jnp.ndarray:
+    """Softmax cross-entropy in nats, averaged over the pixels that are not ignored.
+
+    Under a pmap, each device's value is its own pixels' sum divided by the *mean* number of valid pixels per device, so
+    that the mean of the values over devices, and of their gradients, is that of the global batch, however unevenly the
+    ignored pixels lie. Take `jax.lax.pmean` of both.
+
+    Args:
+      logits: (N, H, W, C) float; computed in float32.
+      label: (N, H, W) integer in [0, C) or `ignore_label`.
+      ignore_label: pixels with this label count neither in the sum nor in the number.
+      axis_name: the pmap axis, or None on one device.
+
+    Returns:
+      The loss: () float32; 0 with gradient 0 when no pixel is valid.
+
+    Source: equals torch.nn.functional.cross_entropy(..., ignore_index) where a pixel is valid.
+    """
+    valid = label != ignore_label
+    # The replacement label keeps the look-up in range: a gradient through a NaN that is masked afterwards is still NaN.
+    safe_label = jnp.where(valid, label, 0).astype(jnp.int32)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), safe_label)
+    count = valid.sum(dtype=jnp.int32).astype(jnp.float32)
+    if axis_name is not None:
+        count = jax.lax.pmean(count, axis_name)
+    return jnp.where(valid, cross_entropy, 0.0).sum() / jnp.where(count > 0, count, 1.0)

@@ -1,0 +1,54 @@
+"""Which parameters train, and how."""
+
+from typing import Any
+
+import jax
+import optax
+
+
+def parameter_labels(params: Any, freeze_encoder: bool) -> Any:
+    """Names each parameter's fate: 'frozen' below the top-level key 'encoder' when it is frozen, else 'train'.
+
+    Args:
+      params: the segmenter's parameters, {'encoder': ..., 'decoder': ...}.
+      freeze_encoder: whether the encoder's parameters stay as they are.
+
+    Returns:
+      A tree of the same structure with a str for each leaf: every parameter has exactly one label.
+    """
+    return {
+        part: jax.tree.map(lambda _, part=part: "frozen" if freeze_encoder and part == "encoder" else "train", tree)
+        for part, tree in params.items()
+    }
+
+
+def make_schedule(name: str, learning_rate: float, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the stage's step.
+
+    Args:
+      name: 'constant', or 'cosine': from the learning rate down to 0 over the stage.
+      learning_rate: at step 0.
+      steps: the updates of the whole stage.
+
+    Raises:
+      ValueError: the name is neither.
+    """
+    if name == "constant":
+        return optax.constant_schedule(learning_rate)
+    if name == "cosine":
+        return optax.cosine_decay_schedule(learning_rate, steps)
+    raise ValueError(f"unknown schedule {name!r}: use constant or cosine")
+
+
+def make_optimizer(learning_rate: optax.ScalarOrSchedule, freeze_encoder: bool) -> optax.GradientTransformation:
+    """Adam on what trains; an update of exactly zero, and no optimizer memory, for what is frozen.
+
+    Args:
+      learning_rate: Adam's step size, or a schedule of the stage's step.
+      freeze_encoder: whether the encoder's parameters stay as they are.
+
+    Returns:
+      The transformation; its state's structure depends on `freeze_encoder`, so each stage needs its own `init`.
+    """
+    transforms = {"train": optax.adam(learning_rate), "frozen": optax.set_to_zero()}
+    return optax.multi_transform(transforms, lambda params: parameter_labels(params, freeze_encoder))

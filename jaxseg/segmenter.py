@@ -1,0 +1,48 @@
+"""Encoder and decoder together: a uint8 image in, logits of the same height and width out."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# ImageNet's channel means and standard deviations, of RGB scaled to [0, 1]; every torchvision ResNet was trained so.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+STRIDE = 32
+
+
+def normalise(image: jnp.ndarray) -> jnp.ndarray:
+    """Scales image: (..., 3) uint8 RGB to [0, 1], subtracts the mean and divides by the deviation: float32."""
+    return (image.astype(jnp.float32) / 255.0 - jnp.array(MEAN)) / jnp.array(STD)
+
+
+class Segmenter(nn.Module):
+    """Classifies every pixel.
+
+    Attributes:
+      encoder: (N, H, W, 3) float -> {stride: features}; called with `train`.
+      decoder: features at stride 32 -> logits at stride 1.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __call__(self, image: jnp.ndarray, train: bool = False, freeze_encoder: bool = False) -> jnp.ndarray:
+        """Computes the logits.
+
+        Args:
+          image: (N, H, W, 3) uint8; any H and W from 1 up.
+          train: batch norm uses, and updates, the batch's statistics.
+          freeze_encoder: the encoder's batch norm keeps its running statistics even in training, and no gradient
+            reaches the encoder, so that its backward pass is never computed.
+
+        Returns:
+          logits: (N, H, W, num_classes) float32.
+        """
+        height, width = image.shape[1:3]
+        # The padding's value, 0 after normalising, is the mean colour.
+        padding = ((0, 0), (0, -height % STRIDE), (0, -width % STRIDE), (0, 0))
+        x = jnp.pad(normalise(image), padding)
+        features = self.encoder(x, train=train and not freeze_encoder)[STRIDE]
+        if freeze_encoder:
+            features = jax.lax.stop_gradient(features)
+        return self.decoder(features)[:, :height, :width]

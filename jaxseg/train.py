@@ -1,0 +1,304 @@
+"""The state, the pmapped steps, and the loop over the epochs of a stage."""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxseg.losses import pixel_cross_entropy
+from jaxseg.metrics import confusion_matrix, mean_iou
+
+AXIS = "batch"
+# A metric is read this many steps after it was computed, so that the device always has work queued.
+LAG = 2
+
+Batch = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      step: () int32, the updates made so far, over all stages.
+      params: {'encoder': ..., 'decoder': ...} float32.
+      batch_stats: the running statistics of batch norm, float32.
+      opt_state: the optimizer's memory; its structure belongs to one stage.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one stage of training does.
+
+    Attributes:
+      name: for people, such as 'stage 1: encoder frozen'.
+      epochs: passes over the training split.
+      learning_rate: Adam's step size, or its first value under a schedule.
+      freeze_encoder: neither the encoder's parameters nor its batch statistics move.
+      schedule: 'constant', or 'cosine': from the learning rate down to 0 over the stage.
+    """
+
+    name: str
+    epochs: int
+    learning_rate: float
+    freeze_encoder: bool
+    schedule: str = "constant"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDone:
+    """One update: its global number, and the loss in nats."""
+
+    epoch: int
+    step: int
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochDone:
+    """One validated epoch: the (C, C) int64 confusion matrix, its mean IoU, and the state (then donated)."""
+
+    epoch: int
+    step: int
+    confusion: np.ndarray
+    mean_iou: float
+    state: TrainState
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    freeze_encoder: bool,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update by one batch, or by one device's part of it.
+
+    Args:
+      state: the state before.
+      batch: 'image' (N, H, W, 3) uint8, 'label' (N, H, W) integer; other entries are ignored.
+      model: the segmenter; its batch norm must average over the same `axis_name`.
+      tx: the stage's optimizer, that of `state.opt_state`.
+      freeze_encoder: see `Segmenter`.
+      axis_name: the pmap axis, or None.
+
+    Returns:
+      The state after, and {'loss': () float32}, both of the global batch and equal on all devices.
+    """
+
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch["image"],
+            train=True,
+            freeze_encoder=freeze_encoder,
+            mutable=["batch_stats"],
+        )
+        return pixel_cross_entropy(logits, batch["label"], axis_name=axis_name), updates["batch_stats"]
+
+    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    if axis_name is not None:
+        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), {"loss": loss}
+
+
+def predict_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array:
+    """Classifies every pixel at its label's own size.
+
+    The logits are enlarged bilinearly with half-pixel centres, as `torch.nn.functional.interpolate(...,
+    align_corners=False)` does, each image to its own `label_size`, in the corner of a canvas that all share: so
+    labels of many sizes take one compilation.
+
+    Args:
+      variables: {'params', 'batch_stats'}.
+      batch: 'image' (N, H, W, 3) uint8; 'label' (N, HC, WC), whose shape is the canvas; 'label_size' (N, 2) int32.
+      model: the segmenter.
+
+    Returns:
+      (N, HC, WC) int32 class indices; outside an image's own size they mean nothing.
+    """
+    logits = model.apply(variables, batch["image"])
+    canvas = (*batch["label"].shape[1:], logits.shape[-1])
+
+    def enlarge(logits_and_size: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits, size = logits_and_size
+        scale = size.astype(jnp.float32) / jnp.array(logits.shape[:2], jnp.float32)
+        enlarged = jax.image.scale_and_translate(
+            logits, canvas, (0, 1), scale, jnp.zeros(2), method="linear", antialias=False, precision="highest"
+        )
+        return enlarged.argmax(-1).astype(jnp.int32)
+
+    # One image at a time: the enlarged logits are many times larger than all else.
+    return jax.lax.map(enlarge, (logits, batch["label_size"]))
+
+
+def eval_step(
+    variables: Any, batch: Batch, *, model: nn.Module, num_classes: int, axis_name: str | None = None
+) -> jax.Array:
+    """The confusion matrix (C, C) int32 of one batch, summed over the devices; arguments as `predict_step`'s."""
+    prediction = predict_step(variables, batch, model=model)
+    confusion = confusion_matrix(batch["label"], prediction, num_classes)
+    return confusion if axis_name is None else jax.lax.psum(confusion, axis_name)
+
+
+def pmap_step(
+    step: Callable, devices: Sequence[jax.Device], *, donate: bool = False, per_image: bool = False
+) -> Callable:
+    """Compiles `step(state, batch)` for all devices: the state replicated, without an axis of its own, the batch split.
+
+    Args:
+      step: a pure function whose outputs are equal on all devices, or, with `per_image`, one entry per image.
+      devices: the local devices.
+      donate: the state's buffers are reused for the output; the caller's state is gone.
+      per_image: outputs keep the leading axes (devices, images per device).
+    """
+    return jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=0 if per_image else None,
+        devices=devices,
+        donate_argnums=(0,) if donate else (),
+    )
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Copies every array of `tree` to all devices, without an added axis (with it each step compiles twice)."""
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))
+
+
+def batches_on_devices(batches: Iterable[Batch], devices: Sequence[jax.Device], ahead: int = 2) -> Iterator[Batch]:
+    """Splits each batch over the devices, (N, ...) -> (devices, N / devices, ...), and puts it there ahead of its use.
+
+    Args:
+      batches: host batches of arrays whose first axis the devices divide.
+      devices: the local devices.
+      ahead: how many batches are under way to the devices.
+    """
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+    queue: collections.deque[Batch] = collections.deque()
+    for batch in batches:
+        split = {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in batch.items()}
+        queue.append(jax.device_put(split, sharding))
+        if len(queue) > ahead:
+            yield queue.popleft()
+    yield from queue
+
+
+def start_stage(
+    variables: Any, tx: optax.GradientTransformation, devices: Sequence[jax.Device], step: int = 0
+) -> TrainState:
+    """The first state of a stage.
+
+    Args:
+      variables: {'params', 'batch_stats'} to start from; copied, because the first update donates the state's buffers.
+      tx: the stage's optimizer.
+      devices: where the state goes.
+      step: the updates made before the stage.
+    """
+    params, batch_stats = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
+    state = TrainState(jnp.array(step, jnp.int32), params, batch_stats, tx.init(params))
+    return replicate(state, devices)
+
+
+def run_stage(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    stage: Stage,
+    train_batches: Iterable[Batch],
+    steps_per_epoch: int,
+    evaluate: Callable[[TrainState], np.ndarray],
+    devices: Sequence[jax.Device],
+) -> Iterator[StepDone | EpochDone]:
+    """Trains for a stage, telling each update (`LAG` updates late) and each validated epoch as they come.
+
+    Args:
+      model: the segmenter, its batch norm averaging over `AXIS`.
+      tx: the stage's optimizer.
+      state: the state to start from; its buffers are donated.
+      stage: the stage.
+      train_batches: host batches, at least `stage.epochs * steps_per_epoch` of them.
+      steps_per_epoch: updates in an epoch.
+      evaluate: state -> (C, C) int64 confusion matrix of the validation split.
+      devices: the local devices.
+
+    Yields:
+      `StepDone` for each update and `EpochDone` after each epoch.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    step_fn = functools.partial(train_step, model=model, tx=tx, freeze_encoder=stage.freeze_encoder, axis_name=AXIS)
+    step_fn = pmap_step(step_fn, devices, donate=True)
+    batches = batches_on_devices(train_batches, devices)
+    step = int(state.step)
+    for epoch in range(1, stage.epochs + 1):
+        pending: collections.deque = collections.deque()
+        for _ in range(steps_per_epoch):
+            state, metrics = step_fn(state, next(batches))
+            step += 1
+            pending.append((step, metrics))
+            if len(pending) > LAG:
+                yield _step_done(epoch, *pending.popleft())
+        for late in pending:
+            yield _step_done(epoch, *late)
+        confusion = evaluate(state)
+        yield EpochDone(epoch, step, confusion, mean_iou(confusion), state)
+
+
+def _step_done(epoch: int, step: int, metrics: dict[str, jax.Array]) -> StepDone:
+    loss = float(metrics["loss"])
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}: lower the learning rate, or look at the data")
+    return StepDone(epoch, step, loss)
+
+
+def make_evaluate(
+    model: nn.Module, num_classes: int, eval_batches: Callable[[], Iterable[Batch]], devices: Sequence[jax.Device]
+) -> Callable[[TrainState], np.ndarray]:
+    """Builds the evaluation of a state over a whole split.
+
+    Args:
+      model: the segmenter.
+      num_classes: C.
+      eval_batches: starts one pass over the split: host batches as `predict_step` takes them, all of the same shapes.
+      devices: the local devices.
+
+    Returns:
+      state -> (C, C) int64 confusion matrix; it compiles at its first call only.
+    """
+    step_fn = functools.partial(eval_step, model=model, num_classes=num_classes, axis_name=AXIS)
+    step_fn = pmap_step(step_fn, devices)
+
+    def evaluate(state: TrainState) -> np.ndarray:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        total = np.zeros((num_classes, num_classes), np.int64)
+        pending: collections.deque = collections.deque()
+        for batch in batches_on_devices(eval_batches(), devices):
+            pending.append(step_fn(variables, batch))
+            if len(pending) > LAG:
+                total += np.asarray(pending.popleft())
+        return total + sum(np.asarray(confusion, np.int64) for confusion in pending)
+
+    return evaluate

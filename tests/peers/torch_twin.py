@@ -1,0 +1,223 @@
+"""The baseline in PyTorch: same initial values, same batches, same recipe, for comparing what is learnt.
+
+    python -m tests.peers.torch_twin --dataset folder:DIR --weights PATH [options of experiments.baseline]
+
+Takes the options of experiments.baseline, trains on the CPU in channels_last, prints the same tables and writes
+results.json into the workdir. Needs torch.
+"""
+
+import functools
+import itertools
+import sys
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from experiments import run as jax_run
+from experiments.settings import Settings, parse
+from jaxseg import metrics
+from jaxseg.data import loader
+from jaxseg.decoders import BaselineDecoder
+from jaxseg.segmenter import MEAN, STD, STRIDE
+
+
+class BasicBlock(nn.Module):
+    """torchvision's BasicBlock."""
+
+    def __init__(self, inputs: int, features: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, features, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(features)
+        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(features)
+        self.downsample = None
+        if stride != 1 or inputs != features:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, features, 1, stride, bias=False), nn.BatchNorm2d(features)
+            )
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        return functional.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+
+
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18 up to its stride-32 features."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        widths = (64, 64, 128, 256, 512)
+        for group in range(1, 5):
+            first = BasicBlock(widths[group - 1], widths[group], 1 if group == 1 else 2)
+            setattr(self, f"layer{group}", nn.Sequential(first, BasicBlock(widths[group], widths[group], 1)))
+
+    def forward(self, x):
+        x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(x)), inplace=True), 3, 2, 1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+class Decoder(nn.Module):
+    """The report's baseline decoder."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        widths = (512, 256, 128, 64, 32, 16)
+        self.layers = nn.ModuleList(
+            nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False) for i, o in itertools.pairwise(widths)
+        )
+        self.head = nn.Conv2d(16, num_classes, 1)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = functional.relu(layer(x), inplace=True)
+        return self.head(x)
+
+
+class Segmenter(nn.Module):
+    """uint8 NHWC image -> float32 NCHW logits of the same height and width."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.encoder, self.decoder = ResNet18(), Decoder(num_classes)
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, image, freeze_encoder=False):
+        x = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        height, width = x.shape[2:]
+        x = functional.pad(x, (0, -width % STRIDE, 0, -height % STRIDE)).contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
+            features = self.encoder(x)
+        return self.decoder(features)[:, :, :height, :width]
+
+
+def torch_state(variables) -> dict[str, torch.Tensor]:
+    """Flax variables of the baseline -> this module's state dict (without the batch norms' counters)."""
+    params, stats = variables["params"], variables["batch_stats"]["encoder"]
+    state = {}
+
+    def put(name, array):
+        state[name] = torch.from_numpy(np.array(array))
+
+    def conv(name, kernel):
+        put(f"{name}.weight", np.transpose(kernel, (3, 2, 0, 1)))
+
+    def norm(name, values, running):
+        for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+            put(f"{name}.{theirs}", values[ours])
+        for ours in ("mean", "var"):
+            put(f"{name}.running_{ours}", running[ours])
+
+    def block(prefix, values, running):
+        for part, entry in values.items():
+            name = prefix + {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}.get(part, part)
+            if "kernel" in entry:
+                conv(name, entry["kernel"])
+            else:
+                norm(name, entry, running[part])
+
+    encoder = params["encoder"]
+    block("encoder.", {part: encoder[part] for part in ("conv1", "bn1")}, stats)
+    for part in encoder:
+        if part.startswith("layer"):
+            block(f"encoder.{part.replace('_', '.')}.", encoder[part], stats[part])
+    for index in range(5):
+        kernel = np.asarray(params["decoder"][f"conv_transpose{index + 1}"]["kernel"])
+        # Flax correlates where PyTorch scatters: the kernel is turned by 180 degrees.
+        put(f"decoder.layers.{index}.weight", kernel[::-1, ::-1].transpose(2, 3, 0, 1))
+    conv("decoder.head", np.asarray(params["decoder"]["head"]["kernel"]))
+    put("decoder.head.bias", params["decoder"]["head"]["bias"])
+    return state
+
+
+def load(model: Segmenter, variables) -> Segmenter:
+    """Loads Flax variables strictly: every tensor but the batch norms' counters."""
+    missing, unexpected = model.load_state_dict(torch_state(variables), strict=False)
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise ValueError(f"tensors that do not fit: missing {missing}, unexpected {unexpected}")
+    return model.to(memory_format=torch.channels_last)
+
+
+def train_epoch(model, optimizer, batches, steps: int, freeze_encoder: bool) -> float:
+    """Trains for one epoch; returns the mean loss."""
+    model.train()
+    if freeze_encoder:
+        model.encoder.eval()
+    losses = []
+    for _ in range(steps):
+        batch = next(batches)
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(torch.from_numpy(batch["image"]), freeze_encoder)
+        loss = functional.cross_entropy(logits, torch.from_numpy(batch["label"]).long(), ignore_index=255)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return float(np.mean(losses))
+
+
+@torch.inference_mode()
+def evaluate(model, batches, num_classes: int) -> np.ndarray:
+    """The (C, C) int64 confusion matrix, the logits enlarged to each label's own size."""
+    model.eval()
+    total = np.zeros((num_classes, num_classes), np.int64)
+    for batch in batches:
+        logits = model(torch.from_numpy(batch["image"]))
+        for index, (height, width) in enumerate(batch["label_size"].tolist()):
+            if not batch["valid"][index]:
+                continue
+            enlarged = functional.interpolate(logits[index : index + 1], (height, width), mode="bilinear")
+            prediction = enlarged.argmax(1).numpy().ravel()
+            label = batch["label"][index, :height, :width].astype(np.int64).ravel()
+            cells = (label * num_classes + prediction)[label != 255]
+            total += np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+    return total
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains the twin; returns the exit code."""
+    settings: Settings = parse("torch-twin", __doc__, argv)
+    prepared = jax_run.prepare(settings, BaselineDecoder)
+    settings.workdir.mkdir(parents=True)
+    num_classes, splits = prepared.labels.num_classes, prepared.splits
+    model = load(Segmenter(num_classes), prepared.variables)
+    sizes = {"image_size": settings.image_size, "batch_size": settings.batch_size}
+    eval_batches = {split: functools.partial(loader.eval_batches, splits[split], **sizes) for split in splits}
+    steps = loader.steps_per_epoch(splits["train"], settings.batch_size)
+    best, best_state = None, None
+    for stage in prepared.stages:
+        number = 1 if stage.freeze_encoder else 2
+        batches = iter(loader.train_batches(splits["train"], seed=2 * settings.seed + number, **sizes))
+        parameters = model.decoder.parameters() if stage.freeze_encoder else model.parameters()
+        optimizer = torch.optim.Adam(parameters, stage.learning_rate)
+        for epoch in range(1, stage.epochs + 1):
+            start = time.perf_counter()
+            loss = train_epoch(model, optimizer, batches, steps, stage.freeze_encoder)
+            trained = time.perf_counter() - start
+            confusion = evaluate(model, eval_batches["val"](), num_classes)
+            score = metrics.mean_iou(confusion)
+            seconds = time.perf_counter() - start
+            result = f"loss {loss:.4f}  val mean_iou {score:.4f}  {seconds:.1f} s, training {trained:.1f} s"
+            print(f"epoch {epoch}/{stage.epochs}  {result}", flush=True)
+            if best is None or score > metrics.mean_iou(best):
+                best = confusion
+                best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(best_state)
+    results = {"val": best}
+    if "test" in splits:
+        results["test"] = evaluate(model, eval_batches["test"](), num_classes)
+    for split, confusion in results.items():
+        print(f"\n{split} split, best epoch:")
+        jax_run.print_table(confusion, prepared.labels)
+    jax_run.write_results(settings.workdir, results, prepared.labels)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
