@@ -1,0 +1,261 @@
+"""layers.py against XLA's own operators, Flax's and PyTorch's.
+
+`python -m tests.test_layers` writes PyTorch's numbers again, to tests/fixtures/layers_torch.npz.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from jaxseg.layers import ConvTranspose, conv_transpose, max_pool
+
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "layers_torch.npz"
+# (N, H, W, C)
+SHAPES = [(2, 6, 8, 5), (1, 1, 1, 1), (1, 7, 5, 3), (3, 1, 4, 2), (2, 9, 2, 1)]
+
+
+def reference_conv_transpose(x, kernel):
+    return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
+
+
+def reference_max_pool(x):
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, *inputs):
+    """The output of function, and its gradients for an output gradient that differs everywhere."""
+    output, pull_back = jax.vjp(function, *inputs)
+    weight = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape).astype(output.dtype)
+    return output, *pull_back(weight)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def output_and_pull_back(function, gradient, *inputs):
+    """The output of function, and its gradients for the given output gradient."""
+    output, pull_back = jax.vjp(function, *inputs)
+    return output, *pull_back(gradient)
+
+
+def normal(seed, shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def rectified_integers(seed, shape):
+    """Most of it zeros, the rest 1 or 2: every window has ties."""
+    return np.maximum(np.random.default_rng(seed).integers(-3, 3, shape), 0).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conv_transpose_equals_lax(shape):
+    x, kernel = normal(1, shape), normal(2, (4, 4, shape[-1], 3))
+    got = value_and_gradients(conv_transpose, x, kernel)
+    expected = value_and_gradients(reference_conv_transpose, x, kernel)
+    assert got[0].shape == (shape[0], 2 * shape[1], 2 * shape[2], 3)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_conv_transpose_without_jit():
+    x, kernel = normal(1, (1, 2, 3, 2)), normal(2, (4, 4, 2, 3))
+    np.testing.assert_allclose(conv_transpose(x, kernel), reference_conv_transpose(x, kernel), rtol=1e-5, atol=1e-5)
+
+
+def test_conv_transpose_under_vmap_of_both_arguments():
+    x, kernel = normal(1, (3, 2, 4, 5, 2)), normal(2, (3, 4, 4, 2, 3))
+    got = value_and_gradients(jax.vmap(conv_transpose), x, kernel)
+    expected = value_and_gradients(jax.vmap(reference_conv_transpose), x, kernel)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_conv_transpose_keeps_bfloat16_and_its_precision():
+    x, kernel = normal(1, (2, 4, 4, 256)), normal(2, (4, 4, 256, 8)) / 32
+    x, kernel = (jnp.asarray(a, jnp.bfloat16) for a in (x, kernel))
+    got = value_and_gradients(conv_transpose, x, kernel)
+    exact = value_and_gradients(reference_conv_transpose, x.astype(jnp.float32), kernel.astype(jnp.float32))
+    for a, b in zip(got, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        # bfloat16 keeps 8 bits: 2^-8 of the largest is one rounding; sums of 1024 rounded products would be worse.
+        assert jnp.abs(a.astype(jnp.float32) - b).max() < 2**-7 * jnp.abs(b).max()
+
+
+def test_conv_transpose_module_has_one_parameter_of_the_given_types():
+    layer = ConvTranspose(3, dtype=jnp.bfloat16)
+    x = normal(1, (2, 4, 5, 7))
+    variables = layer.init(jax.random.key(0), x)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), variables) == {"params": {"kernel": ((4, 4, 7, 3), jnp.float32)}}
+    assert layer.apply(variables, x).dtype == jnp.bfloat16
+    variables = ConvTranspose(3, param_dtype=jnp.bfloat16).init(jax.random.key(0), x)
+    assert variables["params"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        ConvTranspose(3).apply(variables, x),
+        reference_conv_transpose(x, variables["params"]["kernel"].astype(jnp.float32)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_conv_transpose_module_starts_with_the_documented_deviation():
+    kernel = ConvTranspose(64).init(jax.random.key(0), jnp.zeros((1, 1, 1, 32)))["params"]["kernel"]
+    # 32768 draws: the standard error of the deviation is 0.4 %.
+    assert abs(kernel.std() / np.sqrt(2 / (4 * 32)) - 1) < 0.02
+    assert abs(kernel.mean()) < 0.03 * kernel.std()
+
+
+def test_variance_survives_five_layers():
+    """The mean square after each ReLU, away from the border, stays what it was."""
+
+    @jax.jit
+    def decode(x):
+        for i, width in enumerate((64, 64, 32, 32, 16)):
+            x = nn.relu(ConvTranspose(width).init_with_output(jax.random.key(i), x)[0])
+        return x
+
+    x = np.maximum(normal(16, (1, 6, 6, 64)), 0)
+    interior = decode(x)[:, 64:-64, 64:-64]
+    assert 1 / 1.5 < (interior**2).mean() / (x**2).mean() < 1.5
+
+
+@pytest.mark.parametrize("fill", [normal, rectified_integers])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_max_pool_equals_flax(shape, fill):
+    x = fill(3, shape)
+    got = value_and_gradients(max_pool, x)
+    expected = value_and_gradients(reference_max_pool, x)
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-6, atol=1e-6)
+
+
+def test_max_pool_under_vmap():
+    x = rectified_integers(3, (3, 2, 5, 6, 2))
+    got = value_and_gradients(jax.vmap(max_pool), x)
+    np.testing.assert_array_equal(got[0], jax.vmap(reference_max_pool)(x))
+    # The gradients of each image alone.
+    alone = jax.jit(lambda x: max_pool(x.reshape(6, 5, 6, 2)))
+    np.testing.assert_allclose(got[1], value_and_gradients(alone, x)[1], rtol=1e-6, atol=1e-6)
+
+
+def test_max_pool_gives_a_tie_to_the_first_in_row_major_order():
+    x = np.zeros((1, 4, 4, 1), np.float32)
+    # Windows begin at -1 and 1: without the padding the first pixels are (0, 0), (0, 1), (1, 0), (1, 1).
+    expected = np.zeros((4, 4), np.float32)
+    expected[:2, :2] = 1
+    gradient = output_and_pull_back(max_pool, np.ones((1, 2, 2, 1), np.float32), x)[1]
+    np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
+
+
+def test_max_pool_prefers_an_earlier_row_to_an_earlier_column():
+    x = np.array([[0, 1], [1, 0]], np.float32)[None, :, :, None]
+    gradient = output_and_pull_back(max_pool, np.ones((1, 1, 1, 1), np.float32), x)[1]
+    np.testing.assert_array_equal(gradient[0, :, :, 0], [[0, 1], [0, 0]])
+
+
+def test_max_pool_of_negative_values_ignores_the_padding():
+    x = normal(4, (2, 5, 6, 3)) - 100
+    np.testing.assert_array_equal(max_pool(x), reference_max_pool(x))
+
+
+def test_max_pool_keeps_bfloat16():
+    x = jnp.asarray(normal(5, (1, 5, 6, 2)), jnp.bfloat16)
+    assert max_pool(x).dtype == jnp.bfloat16
+    assert (max_pool(x) == reference_max_pool(x)).all()
+
+
+def torch_conv_transpose(torch, x, kernel, gradient):
+    """PyTorch's output and gradients, in the layouts of this project."""
+    image = torch.tensor(x.transpose(0, 3, 1, 2).copy(), requires_grad=True)
+    weight = torch.tensor(kernel[::-1, ::-1].transpose(2, 3, 0, 1).copy(), requires_grad=True)
+    output = torch.nn.functional.conv_transpose2d(image, weight, stride=2, padding=1)
+    output.backward(torch.tensor(gradient.transpose(0, 3, 1, 2).copy()))
+    kernel_gradient = weight.grad.numpy().transpose(2, 3, 0, 1)[::-1, ::-1]
+    return output.detach().numpy().transpose(0, 2, 3, 1), image.grad.numpy().transpose(0, 2, 3, 1), kernel_gradient
+
+
+def torch_max_pool(torch, x, gradient):
+    """PyTorch's output and gradient, in the layout of this project."""
+    image = torch.tensor(x.transpose(0, 3, 1, 2).copy(), requires_grad=True)
+    output = torch.nn.functional.max_pool2d(image, 3, stride=2, padding=1)
+    output.backward(torch.tensor(gradient.transpose(0, 3, 1, 2).copy()))
+    return output.detach().numpy().transpose(0, 2, 3, 1), image.grad.numpy().transpose(0, 2, 3, 1)
+
+
+def check_conv_transpose(x, kernel, gradient, expected):
+    for a, b in zip(output_and_pull_back(conv_transpose, gradient, x, kernel), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def check_max_pool(x, gradient, expected):
+    output, x_gradient = output_and_pull_back(max_pool, gradient, x)
+    np.testing.assert_array_equal(output, expected[0])
+    np.testing.assert_allclose(x_gradient, expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_conv_transpose_equals_pytorch(shape):
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
+    n, height, width, channels = shape
+    x, kernel = normal(6, shape), normal(7, (4, 4, channels, 3))
+    gradient = normal(8, (n, 2 * height, 2 * width, 3))
+    check_conv_transpose(x, kernel, gradient, torch_conv_transpose(torch, x, kernel, gradient))
+
+
+def with_nan(seed, shape):
+    """Ties, and a NaN in about one window of three."""
+    x = rectified_integers(seed, shape)
+    x[np.random.default_rng(seed + 1).random(shape) < 0.05] = np.nan
+    return x
+
+
+@pytest.mark.parametrize("fill", [normal, rectified_integers, with_nan])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], (2, 17, 20, 8)])
+def test_max_pool_equals_pytorch(shape, fill):
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
+    n, height, width, channels = shape
+    x, gradient = fill(9, shape), normal(10, (n, -(-height // 2), -(-width // 2), channels))
+    check_max_pool(x, gradient, torch_max_pool(torch, x, gradient))
+
+
+def test_layers_equal_the_recorded_numbers_of_pytorch():
+    with np.load(FIXTURE) as file:
+        numbers = dict(file)
+    check_conv_transpose(
+        numbers["x"],
+        numbers["kernel"],
+        numbers["gradient"],
+        (numbers["output"], numbers["x_gradient"], numbers["kernel_gradient"]),
+    )
+    pooled = (numbers["pool_output"], numbers["pool_x_gradient"])
+    check_max_pool(numbers["pool_x"], numbers["pool_gradient"], pooled)
+
+
+def record():
+    """Writes the fixture; needs PyTorch."""
+    import torch
+
+    x, kernel, gradient = normal(11, (2, 3, 5, 4)), normal(12, (4, 4, 4, 3)), normal(13, (2, 6, 10, 3))
+    pool_x, pool_gradient = with_nan(14, (2, 7, 6, 3)), normal(15, (2, 4, 3, 3))
+    output, x_gradient, kernel_gradient = torch_conv_transpose(torch, x, kernel, gradient)
+    pool_output, pool_x_gradient = torch_max_pool(torch, pool_x, pool_gradient)
+    np.savez_compressed(
+        FIXTURE,
+        x=x,
+        kernel=kernel,
+        gradient=gradient,
+        output=output,
+        x_gradient=x_gradient,
+        kernel_gradient=kernel_gradient,
+        pool_x=pool_x,
+        pool_gradient=pool_gradient,
+        pool_output=pool_output,
+        pool_x_gradient=pool_x_gradient,
+    )
+
+
+if __name__ == "__main__":
+    record()
