@@ -109,17 +109,20 @@ def test_conv_transpose_module_starts_with_the_documented_deviation():
 
 
 def test_variance_survives_five_layers():
-    """The mean square after each ReLU, away from the border, stays what it was."""
+    """The mean square after five layers, away from the border, is what it was, on the average of eight draws.
+
+    One draw of these narrow layers varies by about a third; Flax's own initialisers would lose a factor of 8^5.
+    """
 
     @jax.jit
-    def decode(x):
+    def decode(x, key):
         for i, width in enumerate((64, 64, 32, 32, 16)):
-            x = nn.relu(ConvTranspose(width).init_with_output(jax.random.key(i), x)[0])
-        return x
+            x = nn.relu(ConvTranspose(width).init_with_output(jax.random.fold_in(key, i), x)[0])
+        return (x[:, 64:-64, 64:-64] ** 2).mean()
 
     x = np.maximum(normal(16, (1, 6, 6, 64)), 0)
-    interior = decode(x)[:, 64:-64, 64:-64]
-    assert 1 / 1.5 < (interior**2).mean() / (x**2).mean() < 1.5
+    after = [decode(x, jax.random.key(seed)) for seed in range(8)]
+    assert 1 / 1.5 < np.mean(after) / (x**2).mean() < 1.5
 
 
 @pytest.mark.parametrize("fill", [normal, rectified_integers])
