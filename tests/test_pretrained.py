@@ -195,15 +195,16 @@ def test_refuses_a_pickle_of_python_that_runs_a_command(tmp_path):
 
 def test_a_file_cannot_change_how_the_next_is_read(tmp_path):
     """BUILD sets attributes on what the allowlist returns: it must not reach the reader's own functions."""
-    state = pickled((None, {"__defaults__": (1, 2, 3, 4), "__kwdefaults__": {"a": 1}}))[2:-1]
+    defaults = pickled((None, {"__defaults__": (0, (1,), (1,))}))[2:-1]
     names = [b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n"]
-    good = write_zip(tmp_path / "b.pth", pickled({"a": tensor(_Storage(1), 0, (1,), (1,))}), {"0": b"\0\0\x80?"})
-    for name in names:
-        path = write_zip(tmp_path / "a.pth", b"\x80\x02" + name + state + b"b.")
+    attacks = [write_zip(tmp_path / f"{i}.pth", b"\x80\x02" + name + defaults + b"b.") for i, name in enumerate(names)]
+    # A tensor without its offset, shape and strides, which those defaults would complete.
+    call = _Global("torch._utils", "_rebuild_tensor_v2", _Storage(1))
+    incomplete = write_zip(tmp_path / "incomplete.pth", pickled({"a": call}), {"0": bytes(4)})
+    for path in (incomplete, *attacks, incomplete):
         with pytest.raises(ValueError) as error:
             read_torch(path)
         assert_one_line(error, path)
-        np.testing.assert_array_equal(read_torch(good)["a"], [1])
     assert not hasattr(collections.OrderedDict, "__defaults__")
 
 
@@ -218,7 +219,7 @@ def test_a_file_cannot_change_how_the_next_is_read(tmp_path):
         (11, (2,), (-1,)),
         (0, (-1,), (1,)),
         (0, (3, 4), (4,)),
-        (0, (5,), (2**62,)),  # (5 - 1) * 2^62 overflows to 0 in 64 bits
+        (0, (5,), (2**60,)),  # (5 - 1) * 2^60 * 4 bytes is 0 in 64 bits
         (0, (2**40,), (1,)),
         (2**70, (1,), (1,)),
         (0.0, (1,), (1,)),
@@ -233,6 +234,8 @@ def test_refuses_a_tensor_outside_its_storage(tmp_path, offset, shape, strides):
     with pytest.raises(ValueError) as error:
         read_torch(path)
     assert_one_line(error, path, "download it again")
+    if not isinstance(shape, int):
+        assert "'weight'" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +331,8 @@ def test_refuses_another_zip_file_and_a_compressed_one(tmp_path):
         read_torch(path)
     assert_one_line(error, path, "torch.save")
     # A record of zeros, compressed, can be a thousand times larger than the file.
-    write_zip(path, pickled({"a": 1}), {"0": bytes(10**6)}, zipfile.ZIP_DEFLATED)
+    state = {"a": tensor(_Storage(250_000), 0, (250_000,), (1,))}
+    write_zip(path, pickled(state), {"0": bytes(10**6)}, zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError) as error:
         read_torch(path)
     assert_one_line(error, path, "torch.save")
