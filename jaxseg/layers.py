@@ -1,14 +1,133 @@
-"""The transposed convolution and the max-pool, exact, and fast forward and backward on CPU and GPU."""
+"""Convolution, transposed convolution and max-pool, exact, and fast forward and backward on CPU and GPU."""
 
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 # An output pixel of a k4 s2 transposed convolution sees 2x2 of the 16 taps; Flax's own initialisers count all 16.
 _TAPS = 4
+# Below this many input channels XLA's own kernel gradient is no slower than matrix products.
+_FEW_CHANNELS = 16
+
+
+def _xla_conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (strides, strides), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], strides: int, padding: int):
+    """The gradient of `conv` with respect to its kernel, `sum x[s i + u, s j + v] g[i, j]`, as matrix products.
+
+    Two forms. With stride 1 a row offset may move from x to g, `sum x[i, j + v] g[i - u, j]`, so that one product of
+    x at all column offsets with g at all row offsets gives every tap: small sides (64 channels) are what the matrix
+    product is slow at. With a stride it may not, and the products are one for each tap.
+
+    Args:
+      x: (N, H, W, C), the input.
+      g: (N, H', W', O), the gradient at the output.
+      size: (KH, KW) of the kernel.
+      strides: of both axes.
+      padding: on each of the four sides.
+
+    Returns:
+      (KH, KW, C, O), accumulated in float32, of x's dtype.
+    """
+    (rows, columns), channels = size, x.shape[3]
+    _, height, width, out_channels = g.shape
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        over_pixels = (((0, 1, 2), (0, 1, 2)), ((), ()))
+        return jax.lax.dot_general(a, b, over_pixels, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    if strides == 1:
+        by_column = jnp.concatenate([x[:, :, v : v + width] for v in range(columns)], axis=-1)
+        shifts = [((0, 0), (u, rows - 1 - u), (0, 0), (0, 0)) for u in range(rows)]
+        by_row = jnp.concatenate([jnp.pad(g, shift) for shift in shifts], axis=-1)
+        taps = product(by_column, by_row).reshape(columns, channels, rows, out_channels)
+        return taps.transpose(2, 0, 1, 3)
+    bottom, right = (height - 1) * strides + 1, (width - 1) * strides + 1
+    taps = [product(x[:, u : u + bottom : strides, v : v + right : strides], g) for u, v in np.ndindex(rows, columns)]
+    return jnp.stack(taps).reshape(rows, columns, channels, out_channels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
+    """Convolves (cross-correlates) as `jax.lax.conv_general_dilated` does, with a faster kernel gradient on CPU.
+
+    XLA's CPU backend runs the gradient with respect to the kernel at a quarter to a half of the forward pass's speed,
+    and matrix products over shifted inputs are up to twice as fast, for 1x1 kernels with a stride six times.
+    Reverse-mode differentiation only.
+
+    Args:
+      x: (N, H, W, C) float.
+      kernel: (KH, KW, C, O) float, HWIO, of x's dtype.
+      strides: of both axes.
+      padding: zeros added on each of the four sides.
+
+    Returns:
+      (N, (H + 2 padding - KH) // strides + 1, (W + 2 padding - KW) // strides + 1, O), of x's dtype.
+
+    Source: equals PyTorch's `Conv2d(C, O, (KH, KW), strides, padding, bias=False)` with kernel.transpose(3, 2, 0, 1).
+    """
+    return _xla_conv(x, kernel, strides, padding)
+
+
+def _conv_forward(x: jax.Array, kernel: jax.Array, strides: int, padding: int):
+    return _xla_conv(x, kernel, strides, padding), (x, kernel)
+
+
+def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Array], g: jax.Array):
+    x, kernel = inputs
+    (x_grad,) = jax.linear_transpose(lambda x: _xla_conv(x, kernel, strides, padding), x)(g)
+
+    def by_convolution(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda kernel: _xla_conv(x, kernel, strides, padding), kernel)(g)[0]
+
+    def by_products(x: jax.Array, g: jax.Array) -> jax.Array:
+        return _kernel_grad_by_products(x, g, kernel.shape[:2], strides, padding)
+
+    # With a handful of input channels (an image) a product has too small a side; a GPU has no need of them.
+    if x.shape[3] < _FEW_CHANNELS:
+        return x_grad, by_convolution(x, g)
+    return x_grad, jax.lax.platform_dependent(x, g, cpu=by_products, default=by_convolution)
+
+
+conv.defvjp(_conv_forward, _conv_backward)
+
+
+class Conv(nn.Module):
+    """A convolution without bias: (N, H, W, C) -> (N, H / strides, W / strides, features).
+
+    Attributes:
+      features: the number of output channels.
+      kernel_size: (KH, KW).
+      strides: of both axes.
+      padding: zeros added on each of the four sides.
+      dtype: of the computation and the output.
+      param_dtype: of the parameter `kernel`: (KH, KW, C, features).
+      kernel_init: of `kernel`.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: int = 1
+    padding: int = 0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer to x: (N, H, W, C) float."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        return conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.padding)
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:

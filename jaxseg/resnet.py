@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxseg.layers import max_pool
+from jaxseg.layers import Conv, max_pool
 
 # Blocks in each of the four groups.
 STAGE_SIZES = {"resnet18": (2, 2, 2, 2)}
@@ -66,7 +66,7 @@ class ResNet(nn.Module):
         Returns:
           {2: (N, H/2, W/2, 64), 4: (N, H/4, W/4, 64), 8: (..., 128), 16: (..., 256), 32: (..., 512)}, sizes rounded up.
         """
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=_he_fan_out, dtype=self.dtype)
+        conv = functools.partial(Conv, kernel_init=_he_fan_out, dtype=self.dtype)
         # Flax's momentum 0.9 is PyTorch's 0.1. Flax keeps the biased running variance, PyTorch the unbiased one.
         norm = functools.partial(
             nn.BatchNorm,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxseg.layers import ConvTranspose, conv_transpose, max_pool
+from jaxseg.layers import Conv, ConvTranspose, conv, conv_transpose, max_pool
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "layers_torch.npz"
 # (N, H, W, C)
@@ -49,6 +49,121 @@ def normal(seed, shape):
 def rectified_integers(seed, shape):
     """Most of it zeros, the rest 1 or 2: every window has ties."""
     return np.maximum(np.random.default_rng(seed).integers(-3, 3, shape), 0).astype(np.float32)
+
+
+# (N, H, W, C, KH, KW, strides, padding); 16 channels and more take the products, fewer XLA's own gradient.
+CONVOLUTIONS = [
+    (2, 13, 16, 3, 7, 7, 2, 3),
+    (2, 9, 7, 16, 7, 7, 1, 3),
+    (1, 11, 14, 17, 7, 7, 2, 3),
+    (2, 8, 5, 16, 3, 3, 1, 1),
+    (2, 8, 5, 1, 3, 3, 1, 1),
+    (2, 7, 8, 16, 3, 3, 2, 1),
+    (1, 1, 1, 16, 3, 3, 2, 1),
+    (1, 1, 2, 16, 3, 3, 1, 1),
+    (2, 6, 5, 16, 1, 1, 1, 0),
+    (2, 6, 5, 16, 1, 1, 2, 0),
+    (2, 5, 6, 1, 1, 1, 2, 0),
+    (1, 6, 7, 16, 3, 1, 1, 0),
+    (1, 6, 7, 16, 1, 3, 2, 2),
+]
+
+
+def numpy_conv(x, kernel, strides, padding):
+    """The convolution in float64 and, for the weights of `value_and_gradients`, its gradients."""
+    x, kernel = x.astype(np.float64), kernel.astype(np.float64)
+    padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows, columns = kernel.shape[:2]
+    height = (padded.shape[1] - rows) // strides + 1
+    width = (padded.shape[2] - columns) // strides + 1
+
+    def seen(array, u, v):
+        return array[:, u : u + (height - 1) * strides + 1 : strides, v : v + (width - 1) * strides + 1 : strides]
+
+    taps = list(np.ndindex(rows, columns))
+    output = sum(seen(padded, *tap) @ kernel[tap] for tap in taps)
+    gradient = np.cos(np.arange(output.size, dtype=np.float32)).reshape(output.shape).astype(np.float64)
+    x_gradient, kernel_gradient = np.zeros_like(padded), np.zeros_like(kernel)
+    for tap in taps:
+        seen(x_gradient, *tap)[...] += gradient @ kernel[tap].T
+        kernel_gradient[tap] = np.einsum("nijc,nijo->co", seen(padded, *tap), gradient)
+    inside = slice(padding, x_gradient.shape[1] - padding), slice(padding, x_gradient.shape[2] - padding)
+    return output, x_gradient[:, inside[0], inside[1]], kernel_gradient
+
+
+def assert_close(got, expected, tolerance):
+    """Each array within tolerance of the other, relative to the largest magnitude."""
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max()
+        assert difference <= tolerance * np.abs(np.asarray(b, np.float64)).max()
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_conv_equals_numpy_in_float64(case):
+    *shape, rows, columns, strides, padding = case
+    x, kernel = normal(20, shape), normal(21, (rows, columns, shape[-1], 5))
+    got = value_and_gradients(functools.partial(conv, strides=strides, padding=padding), x, kernel)
+    assert_close(got, numpy_conv(x, kernel, strides, padding), 1e-5)
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_conv_under_vmap_of_both_arguments(strides, channels):
+    x, kernel = normal(22, (3, 2, 6, 5, channels)), normal(23, (3, 3, 3, channels, 4))
+
+    def step(x, kernel):
+        return value_and_gradients(functools.partial(conv, strides=strides, padding=1), x, kernel)
+
+    alone = [numpy_conv(*inputs, strides, 1) for inputs in zip(x, kernel, strict=True)]
+    assert_close(jax.vmap(step)(x, kernel), [np.stack(parts) for parts in zip(*alone, strict=True)], 1e-5)
+
+
+def test_conv_gradient_under_pmap():
+    x, kernel = normal(24, (jax.local_device_count(), 2, 6, 5, 16)), normal(25, (3, 3, 16, 4))
+
+    def gradient(x, kernel):
+        return jax.lax.psum(value_and_gradients(lambda x, kernel: conv(x, kernel, 1, 1), x, kernel)[2], "batch")
+
+    got = jax.pmap(gradient, axis_name="batch", in_axes=(0, None), out_axes=None)(x, kernel)
+    expected = sum(numpy_conv(part, kernel, 1, 1)[2] for part in x)
+    assert_close([got], [expected], 1e-5)
+
+
+def test_conv_keeps_bfloat16_and_its_precision():
+    x, kernel = (
+        jnp.asarray(normal(26, (4, 12, 12, 16)), jnp.bfloat16),
+        jnp.asarray(normal(27, (3, 3, 16, 8)), "bfloat16"),
+    )
+    for strides in (1, 2):
+        got = value_and_gradients(functools.partial(conv, strides=strides, padding=1), x, kernel)
+        assert {a.dtype for a in got} == {jnp.dtype("bfloat16")}
+        assert_close(got, numpy_conv(np.asarray(x), np.asarray(kernel), strides, 1), 2**-6)
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_conv_has_products_on_cpu_and_convolutions_on_gpu(strides):
+    @jax.jit
+    def kernel_gradient(x, kernel):
+        return jax.grad(lambda kernel: conv(x, kernel, strides, 1).sum())(kernel)
+
+    traced = kernel_gradient.trace(jnp.zeros((1, 4, 4, 16)), jnp.zeros((3, 3, 16, 4)))
+    count = {p: traced.lower(lowering_platforms=(p,)).as_text().count("stablehlo.dot_general") for p in ("cpu", "cuda")}
+    assert count == {"cpu": 1 if strides == 1 else 9, "cuda": 0}
+
+
+def test_conv_module_equals_flax_with_the_same_parameters():
+    x = normal(28, (2, 7, 6, 16))
+    layer = Conv(4, (3, 3), strides=2, padding=1)
+    reference = nn.Conv(4, (3, 3), strides=2, padding=1, use_bias=False)
+    variables = layer.init(jax.random.key(0), x)
+    expected = reference.init(jax.random.key(0), x)
+    assert jax.tree.structure(variables) == jax.tree.structure(expected)
+    np.testing.assert_array_equal(variables["params"]["kernel"], expected["params"]["kernel"])
+    assert_close([layer.apply(variables, x)], [reference.apply(variables, x)], 1e-6)
+    low = Conv(4, (3, 3), dtype=jnp.bfloat16)
+    assert low.init(jax.random.key(0), x)["params"]["kernel"].dtype == jnp.float32
+    assert low.apply(variables, x).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("shape", SHAPES)
