@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from jaxseg.data.labels import IGNORE_LABEL, Labels, name_classes, read_classes
@@ -21,6 +21,17 @@ _LAYOUT = "{train,val,test}/{img,seg}"
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 # Pictures in other formats would otherwise be passed over in silence.
 _OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".jp2", ".npy", ".ppm", ".pgm")
+# What makes an image upright, by its EXIF orientation. Pillow's `exif_transpose` would also write the EXIF data anew,
+# and fail where they are damaged.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What Pillow raises, besides OSError, for the many ways in which a file can be damaged.
 _DECODE_ERRORS = (
     OSError,
@@ -70,7 +81,7 @@ class FolderSource:
         """(N, 2) int64: the height and width of each label in pixels, from the files' headers."""
         sizes = np.empty((len(self), 2), np.int64)
         for index, path in enumerate(self.label_paths):
-            with _open(path) as label:
+            with _open(path, ("PNG",)) as label:
                 sizes[index] = label.height, label.width
         return sizes
 
@@ -136,10 +147,11 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
       ValueError: the file cannot be read.
     """
-    with _open(path) as image:
+    with _open(path, ("JPEG", "PNG")) as image:
         try:
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_to_rgb(image))
+            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+            rgb = _to_rgb(image)
+            return np.asarray(rgb if turn is None else rgb.transpose(turn))
         except _DECODE_ERRORS as error:
             raise _unreadable(path, error) from error
 
@@ -153,7 +165,7 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
     Raises:
       ValueError: the file cannot be read, or has another mode.
     """
-    with _open(path) as label:
+    with _open(path, ("PNG",)) as label:
         if label.mode not in ("L", "P"):
             raise ValueError(
                 f"{path}: a label must be an 8-bit grey or palette PNG, and this has mode {label.mode}:"
@@ -246,21 +258,22 @@ def _find_mistake(source: FolderSource, index: int, num_classes: int) -> str | N
 
 def _raise_first(mistakes: Sequence[str]) -> None:
     if mistakes:
-        more = len(mistakes) - 1
-        raise ValueError(mistakes[0] + (f" (and {more} more such file{'s' if more > 1 else ''})" if more else ""))
+        raise ValueError(mistakes[0] + (f" (the first of {len(mistakes)} mistakes)" if len(mistakes) > 1 else ""))
 
 
-def _open(path: str | os.PathLike) -> Image.Image:
-    """Opens a JPEG or PNG, reading its header; no other format, whatever the name says."""
+def _open(path: str | os.PathLike, formats: Sequence[str]) -> Image.Image:
+    """Opens a file of one of `formats`, whatever its name says, and reads its header."""
     try:
-        return Image.open(path, formats=("JPEG", "PNG"))
+        return Image.open(path, formats=formats)
+    except UnidentifiedImageError as error:  # whose message is only the path again
+        raise ValueError(f"{path}: its content is not {' or '.join(formats)}; convert, replace or remove it") from error
     except _DECODE_ERRORS as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: str | os.PathLike, error: Exception) -> ValueError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{path}: cannot be read as JPEG or PNG ({reason}); replace or remove it")
+    return ValueError(f"{path}: cannot be read ({reason}); replace or remove it")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -58,7 +58,7 @@ def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
       (height, width) uint8; `label` itself when it already has the size.
 
-    Source: torch.nn.functional.interpolate(mode="nearest-exact").
+    Source: torch.nn.functional.interpolate(mode="nearest-exact"), which rounds a few half-way cases down in float32.
     """
     if label.shape == tuple(size):
         return label
