@@ -175,7 +175,7 @@ def execute(run: Run) -> None:
     manager.close()
     results = {"val": best}
     if "test" in run.splits:
-        results["test"] = evaluate_split(run, variables, "test")
+        results["test"] = make_evaluate(run, "test")(train.replicate(variables, run.devices))
         print(f"\ntest split, best checkpoint ({saved['stage_name']}, epoch {saved['epoch']}):")
         print_table(results["test"], run.labels)
     write_results(workdir, results, run.labels)
@@ -251,7 +251,7 @@ def train_one_stage(
 
 
 def make_evaluate(run: Run, split: str) -> Callable[[Any], np.ndarray]:
-    """The evaluation of a state on one split: state -> (C, C) int64 confusion matrix."""
+    """The evaluation on one split: {'params', 'batch_stats'} -> (C, C) int64 confusion matrix."""
     eval_batches = functools.partial(
         loader.eval_batches,
         run.splits[split],
@@ -259,11 +259,6 @@ def make_evaluate(run: Run, split: str) -> Callable[[Any], np.ndarray]:
         batch_size=run.settings.batch_size,
     )
     return train.make_evaluate(run.model, run.labels.num_classes, eval_batches, run.devices)
-
-
-def evaluate_split(run: Run, variables: Any, split: str) -> np.ndarray:
-    """Evaluates variables on one split: (C, C) int64."""
-    return make_evaluate(run, split)(train.replicate(variables, run.devices))
 
 
 def print_table(confusion: np.ndarray, labels: Labels) -> None:
@@ -319,7 +314,9 @@ def draw(run: Run, variables: Any, confusion: np.ndarray) -> None:
     for index, prediction in zip(chosen, predictions, strict=True):
         item = source[index]
         confusion = metrics.confusion_matrix(item["label"], prediction, run.labels.num_classes)
-        examples.append(plots.Example(item["image"], item["label"], prediction, item["name"], metrics.mean_iou(confusion)))
+        examples.append(
+            plots.Example(item["image"], item["label"], prediction, item["name"], metrics.mean_iou(confusion))
+        )
     plots.plot_results(examples, run.labels.names, run.labels.colours, directory / "results.png")
 
 

@@ -228,7 +228,7 @@ def run_stage(
     stage: Stage,
     train_batches: Iterable[Batch],
     steps_per_epoch: int,
-    evaluate: Callable[[TrainState], np.ndarray],
+    evaluate: Callable[[Any], np.ndarray],
     devices: Sequence[jax.Device],
 ) -> Iterator[StepDone | EpochDone]:
     """Trains for a stage, telling each update (`LAG` updates late) and each validated epoch as they come.
@@ -240,7 +240,7 @@ def run_stage(
       stage: the stage.
       train_batches: host batches, at least `stage.epochs * steps_per_epoch` of them.
       steps_per_epoch: updates in an epoch.
-      evaluate: state -> (C, C) int64 confusion matrix of the validation split.
+      evaluate: {'params', 'batch_stats'} -> (C, C) int64 confusion matrix of the validation split.
       devices: the local devices.
 
     Yields:
@@ -263,7 +263,7 @@ def run_stage(
                 yield _step_done(epoch, *pending.popleft())
         for late in pending:
             yield _step_done(epoch, *late)
-        confusion = evaluate(state)
+        confusion = evaluate({"params": state.params, "batch_stats": state.batch_stats})
         yield EpochDone(epoch, step, confusion, mean_iou(confusion), state)
 
 
@@ -276,8 +276,8 @@ def _step_done(epoch: int, step: int, metrics: dict[str, jax.Array]) -> StepDone
 
 def make_evaluate(
     model: nn.Module, num_classes: int, eval_batches: Callable[[], Iterable[Batch]], devices: Sequence[jax.Device]
-) -> Callable[[TrainState], np.ndarray]:
-    """Builds the evaluation of a state over a whole split.
+) -> Callable[[Any], np.ndarray]:
+    """Builds the evaluation of a model over a whole split.
 
     Args:
       model: the segmenter.
@@ -286,13 +286,12 @@ def make_evaluate(
       devices: the local devices.
 
     Returns:
-      state -> (C, C) int64 confusion matrix; it compiles at its first call only.
+      {'params', 'batch_stats'} -> (C, C) int64 confusion matrix; it compiles at its first call only.
     """
     step_fn = functools.partial(eval_step, model=model, num_classes=num_classes, axis_name=AXIS)
     step_fn = pmap_step(step_fn, devices)
 
-    def evaluate(state: TrainState) -> np.ndarray:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+    def evaluate(variables: Any) -> np.ndarray:
         total = np.zeros((num_classes, num_classes), np.int64)
         pending: collections.deque = collections.deque()
         for batch in batches_on_devices(eval_batches(), devices):
