@@ -65,6 +65,8 @@ def test_splits_and_names(root):
     assert labels.names == ("w", "x", "y", "z") and labels.colours[2] == (1, 2, 3)
     assert list(sources) == ["train", "val"]
     assert folder.open_folder(root, num_classes=4, splits=("val",))[0] == labels
+    with pytest.raises(ValueError, match="test/img: no such folder"):  # asked for by name alone, it must be there
+        folder.open_folder(root, splits=("test",))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
