@@ -119,7 +119,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: pathlib.Pa
     size = len(names)
     if confusion.shape != (size, size):
         raise ValueError(f"confusion has shape {confusion.shape}, but {size} names need ({size}, {size})")
-    names = [name if len(name) <= 28 else f"{name[:27]}…" for name in names]
+    names = [_shorten(name) for name in names]
     name_width = max(_text_width(name, TEXT_SIZE) for name in names)
     cell = float(np.clip(5.2 / size, 0.27, 0.55))
     left, top, side = name_width + 0.42, 0.62 if title else 0.36, cell * size
@@ -161,7 +161,7 @@ def plot_results(
     return paths
 
 
-def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray, alpha: float = 0.6) -> np.ndarray:
+def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray, alpha: float = 0.7) -> np.ndarray:
     """Lays the class colours over a photograph, with a dark contour around each region.
 
     Only the photograph's brightness shines through, so that a hue always means a class. Void is a light grey.
@@ -194,7 +194,7 @@ def choose_examples(class_counts: np.ndarray, num_examples: int) -> list[int]:
 
     Greedy: of the classes not yet shown well the one in the fewest images comes first, and of its images the one in
     which it, and the other classes not yet shown, are largest. What is left of `num_examples` goes to images that show
-    most of what has been shown least.
+    much and whose mixture of classes differs from all before: the frames of a video are alike.
 
     Args:
       class_counts: (N, C) integer, the pixels of each class in each image, void left out.
@@ -218,7 +218,8 @@ def choose_examples(class_counts: np.ndarray, num_examples: int) -> list[int]:
             rarest = rarest_first[wanted[rarest_first]][0]
             score = visibility[:, rarest] * visibility[:, wanted].sum(1)
         elif len(chosen) < num_examples:
-            score = (visibility / (1 + visibility[chosen].sum(0))).sum(1)
+            difference = np.abs(share[:, None] - share[chosen]).sum(-1).min(1, initial=2)
+            score = difference * visibility.sum(1)
         else:
             break
         score[chosen] = -1
@@ -251,7 +252,12 @@ def _text(parent: matplotlib.axes.Axes | Figure, x: float, y: float, text: str, 
 def _text_width(text: str, size: float, weight: str = "normal") -> float:
     """The width in inches of a line of text of that many points."""
     font = matplotlib.font_manager.FontProperties(size=size, weight=weight)
-    return RendererAgg(10, 10, 72).get_text_width_height_descent(text, font, False)[0] / 72
+    return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0] / DPI
+
+
+def _shorten(name: str, length: int = 28) -> str:
+    """The name, or its start and an ellipsis."""
+    return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
 
 
 def _panel(figure: Figure, position: tuple[float, float, float, float]) -> matplotlib.axes.Axes:
@@ -341,7 +347,7 @@ def _plot_mean_iou(
     best = int(np.argmax(stage.mean_ious))
     ring = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.4}
     axes.plot(stage.epochs[best], stage.mean_ious[best], color=VERMILION, clip_on=False, **ring)
-    note = f"best: {stage.mean_ious[best]:.3f} after epoch {stage.epochs[best]}"
+    note = f"best: {stage.mean_ious[best]:.3f} after epoch {stage.epochs[best]:g}"
     if best_before is not None:
         axes.axhline(best_before, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
         note += f"; dotted: {best_before:.3f}, best before"
@@ -354,20 +360,23 @@ def _draw_cells(page: matplotlib.axes.Axes, confusion: np.ndarray, left: float, 
     share = confusion / np.maximum(total, 1)
     size = len(confusion)
     light, dark = np.array([1.0, 1.0, 1.0]), np.array([0.03, 0.27, 0.5])
+    centred = {"ha": "center", "va": "center_baseline"}
     for row in range(size):
+        if not total[row]:
+            band = Rectangle((left, top + row * cell), size * cell, cell, facecolor="#EEEEEE", edgecolor="white")
+            page.add_patch(band)
+            note = "no pixel has this label" if size * cell > 1.4 else "no label"
+            _text(page, left + size * cell / 2, top + (row + 0.5) * cell, note, SMALL_SIZE, color=MUTED, **centred)
+            continue
         for column in range(size):
             depth = np.sqrt(share[row, column])
-            colour = light + (dark - light) * depth if total[row] else FAINT
+            colour = light + (dark - light) * depth
             corner = (left + column * cell, top + row * cell)
             page.add_patch(Rectangle(corner, cell, cell, facecolor=colour, edgecolor=FAINT, linewidth=0.5))
-            if share[row, column] >= 0.005:
-                percent = f"{100 * share[row, column]:.0f}"
-                style = {"color": "white" if depth > 0.6 else INK, "ha": "center", "va": "center_baseline"}
+            percent = f"{100 * share[row, column]:.0f}"
+            if percent != "0":
+                style = {"color": "white" if depth > 0.7 else INK, **centred}
                 _text(page, corner[0] + cell / 2, corner[1] + cell / 2, percent, min(TEXT_SIZE, 24 * cell), **style)
-        if not total[row]:
-            middle = (left + size * cell / 2, top + (row + 0.5) * cell)
-            note = "no pixel has this label" if size * cell > 1.4 else "no label"
-            _text(page, *middle, note, SMALL_SIZE, color=MUTED, ha="center", va="center_baseline")
 
 
 def _draw_names(
@@ -463,8 +472,11 @@ def _pictures(example: Example, colours: np.ndarray, scale: float) -> list[np.nd
 def _caption(example: Example, names: Sequence[str]) -> str:
     """The image's name and IoU where there are any, and the classes predicted, the largest first."""
     counts = np.bincount(np.ravel(example.prediction), minlength=len(names))
-    found = [names[index] for index in np.argsort(-counts, kind="stable") if counts[index]]
-    parts = [example.name] if example.name else []
+    # A name that wraps in its middle reads like two names: no-break spaces.
+    found = [
+        _shorten(names[index]).replace(" ", "\u00a0") for index in np.argsort(-counts, kind="stable") if counts[index]
+    ]
+    parts = [_shorten(example.name, 60)] if example.name else []
     parts += [f"mIoU {example.mean_iou:.3f}"] if example.mean_iou is not None else []
     return " · ".join([*parts, "predicted: " + ", ".join(found)])
 
@@ -472,7 +484,7 @@ def _caption(example: Example, names: Sequence[str]) -> str:
 def _wrap(text: str, width: float, size: float) -> list[str]:
     """Breaks a text at spaces into lines of at most that many inches (a longer word stays whole)."""
     lines: list[str] = []
-    for word in text.split():
+    for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and _text_width(longer, size) <= width:
             lines[-1] = longer
@@ -492,7 +504,7 @@ def _legend(
     label = np.unique(np.concatenate([np.unique(e.label) for e in examples]))
     used = np.union1d(label, np.concatenate([np.unique(e.prediction) for e in examples]))
     inside = (used >= 0) & (used < len(names))
-    wanted = [(names[index], colours[index] / 255) for index in used[inside]]
+    wanted = [(_shorten(names[index]), colours[index] / 255) for index in used[inside]]
     if not inside.all():
         wanted.append(("void", np.array(VOID_COLOUR) / 255))
     entries, left, row = [], 0.0, 0
