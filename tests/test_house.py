@@ -1,0 +1,58 @@
+"""The house keeps its walls: who may import whom."""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# The modules of jaxseg that each one may import; a module that is not named may import none.
+ALLOWED = {
+    "jaxseg.resnet": {"jaxseg.layers"},
+    "jaxseg.decoders": {"jaxseg.layers"},
+    "jaxseg.train": {"jaxseg.losses", "jaxseg.metrics"},
+    "jaxseg.data.folder": {"jaxseg.data.labels"},
+    "jaxseg.data.loader": {"jaxseg.data.labels"},
+    "jaxseg.data.shapes": {"jaxseg.data.labels"},
+}
+
+
+def modules(package):
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        yield name, imports(path)
+
+
+def imports(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_arrows_point_one_way():
+    names = {name for name, _ in modules("jaxseg")}
+    for name, imported in modules("jaxseg"):
+        assert (imported & names) - {"jaxseg", "jaxseg.data"} <= ALLOWED.get(name, set()), name
+        assert not any(other.split(".")[0] in ("experiments", "tests") for other in imported), name
+
+
+def test_matplotlib_is_imported_by_plots_only_and_jax_not_by_data():
+    for package in ("jaxseg", "experiments"):
+        for name, imported in modules(package):
+            roots = {other.split(".")[0] for other in imported}
+            assert ("matplotlib" in roots) <= (name == "jaxseg.plots"), name
+            if name.startswith("jaxseg.data") or name == "experiments.settings":
+                assert not roots & {"jax", "flax", "tensorflow"}, name
+
+
+def test_one_place_applies_pmap():
+    calls = {
+        name
+        for package in ("jaxseg", "experiments")
+        for name, _ in modules(package)
+        if "jax.pmap(" in (ROOT / pathlib.Path(*name.split("."))).with_suffix(".py").read_text()
+    }
+    assert calls == {"jaxseg.train"}

@@ -1,0 +1,48 @@
+"""What is written while training can be read back."""
+
+import csv
+import struct
+
+import numpy as np
+from tensorboardX.proto import event_pb2
+
+from jaxseg.log import MetricsLog, read_metrics
+
+
+def write_a_run(workdir):
+    with MetricsLog(workdir, 3) as log:
+        log.step(1, 1, 1, 2.5, 1e-3)
+        log.step(1, 1, 2, 1.5, 1e-3)
+        log.epoch(1, 1, 2, 2.0, 0.25, np.array([0.5, 0.0, np.nan]), 1.25)
+        log.step(2, 1, 3, 0.5, 3e-4)
+
+
+def test_rows_are_complete(tmp_path):
+    write_a_run(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [row["kind"] for row in rows] == ["step", "step", "epoch", "step"]
+    assert rows[2]["iou_0"] == "0.5" and rows[2]["iou_1"] == "0.0" and rows[2]["iou_2"] == ""
+    assert float(rows[3]["learning_rate"]) == 3e-4
+
+
+def test_read_metrics_separates_stages_and_kinds(tmp_path):
+    write_a_run(tmp_path)
+    steps = read_metrics(tmp_path, "step", 1)
+    np.testing.assert_array_equal(steps["loss"], [2.5, 1.5])
+    epochs = read_metrics(tmp_path, "epoch", 1)
+    np.testing.assert_array_equal(epochs["mean_iou"], [0.25])
+    assert len(read_metrics(tmp_path, "epoch", 2)["step"]) == 0
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    write_a_run(tmp_path)
+    (path,) = (tmp_path / "events").iterdir()
+    data, offset, scalars = path.read_bytes(), 0, []
+    while offset < len(data):
+        # A record: its length (8 bytes), the length's checksum (4), the event, the event's checksum (4).
+        (length,) = struct.unpack_from("<Q", data, offset)
+        event = event_pb2.Event.FromString(data[offset + 12 : offset + 12 + length])
+        scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        offset += length + 16
+    assert ("train/loss", 2, 1.5) in scalars
+    assert ("validation/mean_iou", 2, 0.25) in scalars

@@ -1,0 +1,67 @@
+"""The loss against PyTorch's, and its edge cases by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxseg.losses import pixel_cross_entropy
+
+
+def random_case(seed, ignored=0.3, shape=(4, 5, 6), num_classes=7):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 5, (*shape, num_classes)).astype(np.float32)
+    label = rng.integers(0, num_classes, shape).astype(np.uint8)
+    label[rng.random(shape) < ignored] = 255
+    return logits, label
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_value_and_gradient_equal_pytorch(seed):
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
+    logits, label = random_case(seed, ignored=seed / 5)
+    loss, grad = jax.jit(jax.value_and_grad(pixel_cross_entropy))(logits, label)
+    theirs = torch.tensor(logits, requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(
+        theirs.permute(0, 3, 1, 2), torch.tensor(label).long(), ignore_index=255
+    )
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(grad, theirs.grad.numpy(), rtol=1e-5, atol=1e-8)
+
+
+def test_uniform_logits_give_the_logarithm_of_the_number_of_classes():
+    loss = pixel_cross_entropy(jnp.zeros((1, 2, 2, 9)), jnp.array([[[0, 8], [255, 3]]]))
+    np.testing.assert_allclose(loss, np.log(9), rtol=1e-6)
+
+
+def test_no_valid_pixel_gives_zero_and_a_zero_gradient():
+    logits, label = random_case(0, ignored=1.1)
+    loss, grad = jax.value_and_grad(pixel_cross_entropy)(logits, label)
+    assert loss == 0
+    np.testing.assert_array_equal(grad, np.zeros_like(logits))
+
+
+def test_what_an_ignored_pixel_predicts_does_not_matter():
+    logits, label = random_case(1)
+    changed = np.where((label == 255)[..., None], np.float32(1e30), logits)
+    assert pixel_cross_entropy(logits, label) == pixel_cross_entropy(changed, label)
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_the_mean_over_devices_is_the_loss_of_the_global_batch(num_devices):
+    logits, label = random_case(2)
+    label[0] = 255  # One device has nothing at all.
+    split = functools.partial(lambda x: x.reshape(num_devices, -1, *x.shape[1:]))
+
+    def per_device(logits, label):
+        value, grad = jax.value_and_grad(pixel_cross_entropy)(logits, label, axis_name="batch")
+        return jax.lax.pmean(value, "batch"), grad / num_devices
+
+    devices = jax.local_devices()[:num_devices]
+    loss, grad = jax.pmap(per_device, axis_name="batch", devices=devices)(split(logits), split(label))
+    expected, expected_grad = jax.value_and_grad(pixel_cross_entropy)(logits, label)
+    np.testing.assert_allclose(loss, np.full(num_devices, expected), rtol=1e-6)
+    np.testing.assert_allclose(grad.reshape(logits.shape), expected_grad, rtol=1e-5, atol=1e-9)

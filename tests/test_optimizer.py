@@ -1,0 +1,63 @@
+"""Which parameters move."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxseg.optimizer import make_optimizer, make_schedule, parameter_labels
+
+PARAMS = {
+    "encoder": {"conv": {"kernel": jnp.ones((2, 3))}, "bn": {"bias": jnp.zeros(3)}},
+    "decoder": {"w": jnp.ones(4)},
+}
+
+
+def test_every_parameter_has_a_label():
+    labels = parameter_labels(PARAMS, freeze_encoder=True)
+    assert labels == {"encoder": {"conv": {"kernel": "frozen"}, "bn": {"bias": "frozen"}}, "decoder": {"w": "train"}}
+    assert set(jax.tree.leaves(parameter_labels(PARAMS, freeze_encoder=False))) == {"train"}
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_frozen_parameters_do_not_move_and_take_no_memory(freeze):
+    tx = make_optimizer(0.1, freeze)
+    state, params = tx.init(PARAMS), PARAMS
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    for _ in range(3):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    moved = {part: bool(jnp.any(params[part][name] != PARAMS[part][name])) for part, name in [("decoder", "w")]}
+    assert moved == {"decoder": True}
+    encoder_moved = [
+        bool(jnp.any(a != b))
+        for a, b in zip(*map(jax.tree.leaves, (params["encoder"], PARAMS["encoder"])), strict=True)
+    ]
+    assert encoder_moved == [not freeze] * 2
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert moments == 2 * (4 if freeze else 4 + 6 + 3)
+
+
+def test_steps_equal_pytorchs_adam():
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
+    theirs = torch.nn.Parameter(torch.ones(4))
+    adam = torch.optim.Adam([theirs], 1e-2)
+    tx = make_optimizer(1e-2, True)
+    params, state = PARAMS, tx.init(PARAMS)
+    for step in range(5):
+        gradient = np.random.default_rng(step).normal(size=4).astype(np.float32)
+        grads = jax.tree.map(jnp.ones_like, PARAMS) | {"decoder": {"w": jnp.array(gradient)}}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        theirs.grad = torch.tensor(gradient)
+        adam.step()
+    np.testing.assert_allclose(params["decoder"]["w"], theirs.detach().numpy(), rtol=1e-6)
+
+
+def test_schedules():
+    assert make_schedule("constant", 0.5, 10)(7) == 0.5
+    cosine = make_schedule("cosine", 0.5, 10)
+    np.testing.assert_allclose([cosine(0), cosine(5), cosine(10)], [0.5, 0.25, 0], atol=1e-7)
+    with pytest.raises(ValueError, match="constant or cosine"):
+        make_schedule("warm", 0.5, 10)

@@ -1,0 +1,117 @@
+"""Encoder, decoder and padding together, against the PyTorch twin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxseg.decoders import BaselineDecoder
+from jaxseg.losses import pixel_cross_entropy
+from jaxseg.resnet import ResNet
+from jaxseg.segmenter import Segmenter, normalise
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Segmenter(ResNet(), BaselineDecoder(5))
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    """Random parameters, and batch statistics that are not the initial ones."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            return rng.normal(0, (1 / np.prod(leaf.shape[:-1])) ** 0.5, leaf.shape).astype(np.float32)
+        low, high = (0.5, 1.5) if name in ("scale", "var") else (-0.2, 0.2)
+        return rng.uniform(low, high, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="module")
+def twin(variables):
+    pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
+    from tests.peers import torch_twin
+
+    return torch_twin.load(torch_twin.Segmenter(5), variables)
+
+
+def random_batch(height, width, number=2):
+    rng = np.random.default_rng(height + width)
+    image = rng.integers(0, 256, (number, height, width, 3), dtype=np.uint8)
+    label = rng.integers(0, 5, (number, height, width)).astype(np.uint8)
+    label[rng.random(label.shape) < 0.1] = 255
+    return image, label
+
+
+def test_normalise_by_hand():
+    value = normalise(jnp.array([[0, 128, 255]], jnp.uint8))
+    expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    np.testing.assert_allclose(value[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 31), (352, 448), (360, 480)])
+def test_logits_have_the_images_size(model, variables, size):
+    logits = jax.eval_shape(model.apply, variables, jnp.zeros((2, *size, 3), jnp.uint8))
+    assert logits.shape == (2, *size, 5)
+    assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 70)])
+def test_logits_equal_pytorchs(model, variables, twin, size):
+    import torch
+
+    image, _ = random_batch(*size)
+    logits = jax.jit(model.apply)(variables, image)
+    twin.eval()
+    with torch.inference_mode():
+        expected = twin(torch.from_numpy(image)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(logits - expected).max() / np.abs(expected).max() <= 1e-4
+
+
+def test_training_loss_and_gradients_equal_pytorchs(model, variables, twin):
+    import torch
+
+    from tests.peers import torch_twin
+
+    image, label = random_batch(64, 96, 3)
+
+    def loss_fn(params):
+        logits, updates = model.apply({**variables, "params": params}, image, train=True, mutable=["batch_stats"])
+        return pixel_cross_entropy(logits, label), updates["batch_stats"]
+
+    (loss, stats), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
+    twin.train()
+    expected = torch.nn.functional.cross_entropy(
+        twin(torch.from_numpy(image)), torch.from_numpy(label).long(), ignore_index=255
+    )
+    twin.zero_grad()
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    ours = torch_twin.torch_state({"params": grads, "batch_stats": stats})
+    running = dict(twin.named_buffers())
+    for name, parameter in twin.named_parameters():
+        theirs = parameter.grad
+        assert (ours[name] - theirs).abs().max() <= 2e-3 * theirs.abs().max(), name
+    for name, value in ours.items():
+        if name.endswith("running_mean"):
+            torch.testing.assert_close(value, running[name], rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_encoder_has_no_gradient_and_keeps_its_statistics(model, variables):
+    image, label = random_batch(32, 32, 4)
+
+    def loss_fn(params):
+        logits, updates = model.apply(
+            {**variables, "params": params}, image, train=True, freeze_encoder=True, mutable=["batch_stats"]
+        )
+        return pixel_cross_entropy(logits, label), updates["batch_stats"]
+
+    (_, stats), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["encoder"]))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["decoder"]))

@@ -1,0 +1,239 @@
+"""The steps and the loop, on a small segmenter that has all the parts: batch norm, a frozen half, ignored pixels."""
+
+import functools
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from jaxseg import metrics, train
+from jaxseg.decoders import BaselineDecoder
+from jaxseg.optimizer import make_optimizer
+from jaxseg.resnet import ResNet
+from jaxseg.segmenter import Segmenter
+
+NUM_CLASSES = 3
+
+
+class SmallEncoder(nn.Module):
+    """One strided convolution with batch norm, in the place of a ResNet."""
+
+    axis_name: str | None = train.AXIS
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (32, 32), strides=32, use_bias=False)(x)
+        return {32: nn.relu(nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x))}
+
+
+MODEL = Segmenter(SmallEncoder(), BaselineDecoder(NUM_CLASSES, widths=(8, 8, 8, 8, 8)))
+DEVICES = jax.local_devices()
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return MODEL.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+
+
+def make_batch(seed, number=8, size=(32, 64), label_size=None):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (number, *size, 3), dtype=np.uint8)
+    label = rng.integers(0, NUM_CLASSES, (number, *(label_size or size))).astype(np.uint8)
+    # The later the image, the more of it is ignored; the first is ignored whole.
+    for index in range(number):
+        label[index][rng.random(label.shape[1:]) < index / number] = 255
+    label[0] = 255
+    return {"image": image, "label": label}
+
+
+def make_stage(freeze, epochs=1):
+    return train.Stage("a stage", epochs, 1e-2, freeze)
+
+
+def take_steps(variables, freeze, devices, steps=3):
+    tx = make_optimizer(1e-2, freeze)
+    state = train.start_stage(variables, tx, devices)
+    step_fn = functools.partial(train.train_step, model=MODEL, tx=tx, freeze_encoder=freeze, axis_name=train.AXIS)
+    step_fn = train.pmap_step(step_fn, devices, donate=True)
+    losses = []
+    for batch in train.batches_on_devices([make_batch(seed) for seed in range(steps)], devices):
+        state, metric = step_fn(state, batch)
+        losses.append(float(metric["loss"]))
+    return state, losses
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_four_devices_equal_one_after_three_steps(variables, freeze):
+    one, one_losses = take_steps(variables, freeze, DEVICES[:1])
+    four, four_losses = take_steps(variables, freeze, DEVICES)
+    np.testing.assert_allclose(one_losses, four_losses, rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one.params, four.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one.batch_stats, four.batch_stats)
+    assert int(four.step) == 3
+
+
+def test_stage_one_moves_neither_the_encoder_nor_its_statistics(variables):
+    state, _ = take_steps(variables, True, DEVICES)
+    jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], variables["params"]["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, variables["batch_stats"])
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params["decoder"], variables["params"]["decoder"])
+    assert all(jax.tree.leaves(moved))
+
+
+def test_stage_two_moves_every_parameter_and_statistic(variables):
+    state, _ = take_steps(variables, False, DEVICES)
+    for after, before in ((state.params, variables["params"]), (state.batch_stats, variables["batch_stats"])):
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), after, before)))
+
+
+def test_a_stage_leaves_the_callers_variables_alone(variables):
+    before = jax.tree.map(np.array, variables)
+    take_steps(variables, False, DEVICES[:1])
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+def test_stage_one_spends_no_time_on_the_encoders_backward_pass():
+    model = Segmenter(ResNet(), BaselineDecoder(9))
+    image, label = np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 64, 64), np.uint8)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+
+    def flops(step, *args):
+        # The cost of the program after XLA has thrown away what nobody reads, without compiling it to the end.
+        return jax.jit(step).lower(*args).cost_analysis()["flops"]
+
+    def step_flops(freeze):
+        tx = make_optimizer(1e-3, freeze)
+        params = shapes["params"]
+        opt_state = jax.eval_shape(tx.init, params)
+        state = train.TrainState(jnp.array(0), params, shapes["batch_stats"], opt_state)
+        step = functools.partial(train.train_step, model=model, tx=tx, freeze_encoder=freeze)
+        return flops(step, state, {"image": image, "label": label})
+
+    encoder = {name: tree["encoder"] for name, tree in shapes.items()}
+    forward = flops(ResNet().apply, encoder, image.astype(np.float32))
+    frozen, everything = step_flops(True), step_flops(False)
+    # A backward pass costs about twice the forward pass; stage one must not contain any of the encoder's.
+    assert everything - frozen > 1.7 * forward
+    assert frozen < 0.6 * everything
+
+
+def run_stage(
+    variables, freeze, epochs, steps, devices=DEVICES, evaluate=lambda variables: np.eye(NUM_CLASSES, dtype=np.int64)
+):
+    tx = make_optimizer(1e-2, freeze)
+    state = train.start_stage(variables, tx, devices)
+    batches = (make_batch(seed) for seed in range(epochs * steps))
+    return train.run_stage(MODEL, tx, state, make_stage(freeze, epochs), batches, steps, evaluate, devices)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_the_loop_compiles_each_step_once(variables, freeze):
+    compiled = []
+    eval_batches = [{**make_batch(9), "label_size": np.full((8, 2), (32, 64), np.int32)}] * 2
+    evaluate = train.make_evaluate(MODEL, NUM_CLASSES, lambda: eval_batches, DEVICES)
+    events = run_stage(variables, freeze, 3, 4, evaluate=evaluate)
+
+    def count(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        at_epoch_end = [len(compiled) for event in events if isinstance(event, train.EpochDone)]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    # The training step and the evaluation step in the first epoch, nothing after it.
+    assert at_epoch_end == [2, 2, 2]
+
+
+def test_the_loop_tells_every_step_and_epoch_in_order(variables):
+    events = list(run_stage(variables, False, 2, 3))
+    kinds = [(type(event).__name__, event.epoch, event.step) for event in events]
+    steps = [("StepDone", epoch, 3 * (epoch - 1) + step) for epoch in (1, 2) for step in (1, 2, 3)]
+    assert kinds == [*steps[:3], ("EpochDone", 1, 3), *steps[3:], ("EpochDone", 2, 6)]
+    assert events[-1].mean_iou == 1
+
+
+def test_metrics_are_read_late(variables, monkeypatch):
+    started, read = [], []
+
+    class Loss:
+        def __init__(self, step):
+            self.step = step
+
+        def __float__(self):
+            read.append((self.step, len(started)))
+            return 1.0
+
+    def step_fn(state, batch):
+        started.append(batch)
+        return state, {"loss": Loss(len(started))}
+
+    monkeypatch.setattr(train, "pmap_step", lambda *args, **kwargs: step_fn)
+    list(run_stage(variables, False, 1, 6))
+    # Each loss but the last ones of the epoch is read after two more steps were started.
+    assert [(step, seen - step) for step, seen in read] == [(1, 2), (2, 2), (3, 2), (4, 2), (5, 1), (6, 0)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(variables):
+    broken = jax.tree.map(lambda x: x * np.nan, variables)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        list(run_stage(broken, False, 1, 3))
+
+
+def eval_batch(seed, sizes, canvas, number=8):
+    batch = make_batch(seed, number, label_size=canvas)
+    batch["label_size"] = np.array([sizes[index % len(sizes)] for index in range(number)], np.int32)
+    for index, (height, width) in enumerate(batch["label_size"]):
+        batch["label"][index, height:] = 255
+        batch["label"][index, :, width:] = 255
+    return batch
+
+
+def test_predictions_equal_pytorchs_interpolation(variables):
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
+    batch = eval_batch(0, [(32, 64), (50, 75), (70, 33), (20, 90)], (70, 90))
+    prediction = jax.jit(functools.partial(train.predict_step, model=MODEL))(variables, batch)
+    logits = np.asarray(MODEL.apply(variables, batch["image"]))
+    different = total = 0
+    for index, (height, width) in enumerate(batch["label_size"].tolist()):
+        enlarged = torch.nn.functional.interpolate(
+            torch.tensor(logits[index]).permute(2, 0, 1)[None], (height, width), mode="bilinear", align_corners=False
+        )
+        different += (prediction[index, :height, :width] != enlarged[0].argmax(0).numpy()).sum()
+        total += height * width
+    # Two logits may be equal to the last bit or two.
+    assert different <= 1e-3 * total
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_evaluation_sums_every_counted_pixel(variables, num_devices):
+    batches = [eval_batch(seed, [(32, 64), (50, 75)], (50, 75)) for seed in range(3)]
+    devices = DEVICES[:num_devices]
+    total = train.make_evaluate(MODEL, NUM_CLASSES, lambda: batches, devices)(train.replicate(variables, devices))
+    assert total.dtype == np.int64
+    expected = np.zeros((NUM_CLASSES, NUM_CLASSES), np.int64)
+    for batch in batches:
+        prediction = np.asarray(train.predict_step(variables, batch, model=MODEL))
+        expected += metrics.confusion_matrix(batch["label"], prediction, NUM_CLASSES)
+    assert total.sum() == sum((batch["label"] != 255).sum() for batch in batches)
+    assert np.abs(total - expected).sum() <= 1e-4 * total.sum()
+
+
+def test_batches_are_split_in_order_and_kept_ahead():
+    pulled = []
+
+    def source():
+        for seed in range(5):
+            pulled.append(seed)
+            yield make_batch(seed)
+
+    batches = train.batches_on_devices(source(), DEVICES, ahead=2)
+    first = next(batches)
+    assert pulled == [0, 1, 2]
+    assert first["image"].shape == (4, 2, 32, 64, 3)
+    np.testing.assert_array_equal(np.asarray(first["label"]).reshape(8, 32, 64), make_batch(0)["label"])
+    assert len(list(batches)) == 4
