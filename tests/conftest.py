@@ -19,3 +19,15 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"needs the folder {path} with CamVid and the ResNet-18 weights")
     return path
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With JAXSEG_NO_SKIPS set, as in .ci/run, a skipped test fails the run unless what it lacks is a GPU."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not os.environ.get("JAXSEG_NO_SKIPS"):
+        return
+    for report in reporter.stats.get("skipped", []):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if "GPU" not in reason:
+            print(f"\nskipped, which JAXSEG_NO_SKIPS forbids: {report.nodeid}: {reason}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

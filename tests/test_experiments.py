@@ -1,0 +1,145 @@
+"""The commands, as a user types them: what they write, and what they say about a mistake."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import baseline
+from experiments.settings import Settings, complete
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set of small pictures whose two classes differ in brightness; sizes are mixed."""
+    root = tmp_path / "data set"
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 4), ("val", 3), ("test", 1)):
+        for part in ("img", "seg"):
+            (root / split / part).mkdir(parents=True)
+        for index in range(number):
+            height, width = 32 + 8 * index, 48
+            label = np.zeros((height, width), np.uint8)
+            label[:, : 16 + 4 * index] = 1
+            label[:2] = 255
+            image = 60 + 120 * (label[..., None] == 1) + rng.integers(0, 40, (height, width, 3))
+            Image.fromarray(image.astype(np.uint8)).save(root / split / "img" / f"{index}.jpg")
+            Image.fromarray(label).save(root / split / "seg" / f"{index}.png")
+    (root / "classes.txt").write_text("dark\nbright #ff8000\n")
+    return root
+
+
+def arguments(folder, workdir, *more):
+    options = ["--dataset", f"folder:{folder}", "--weights", "none", "--image-size", "32", "32", "--batch-size", "4"]
+    return [*options, "--epochs", "1", "1", "--workdir", str(workdir), *more]
+
+
+def fails(capsys, argv):
+    """Runs the baseline, which must refuse its arguments before training; returns its one line."""
+    code = baseline.main(argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys):
+    workdir = tmp_path / "runs" / "one"
+    assert baseline.main(arguments(folder, workdir)) == 0
+    out = capsys.readouterr().out
+    assert "stage 1: encoder frozen: trains decoder (" in out and "keeps encoder (11,176,512 parameters)" in out
+    assert "class #1 : " in out and "  bright" in out and out.count("mean_iou: ") == 3
+    assert "stage 2 added" in out and "test split" in out and str(workdir) in out
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints", "config.json", "events", "figures", "metrics.csv", "results.json",
+    }  # fmt: skip
+    assert {path.name for path in (workdir / "figures").iterdir()} == {
+        "training_stage_1.png", "training_stage_2.png", "confusion.png", "results_1.png",
+    }  # fmt: skip
+    results = json.loads((workdir / "results.json").read_text())
+    labelled = sum((np.array(Image.open(path)) != 255).sum() for path in (folder / "val" / "seg").iterdir())
+    assert np.sum(results["val"]["confusion"]) == labelled
+    rows = list(csv.DictReader((workdir / "metrics.csv").read_text().splitlines()))
+    assert [(row["kind"], row["stage"]) for row in rows] == [
+        ("step", "1"),
+        ("epoch", "1"),
+        ("step", "2"),
+        ("epoch", "2"),
+    ]
+    assert max(float(row["mean_iou"]) for row in rows if row["kind"] == "epoch") == results["val"]["mean_iou"]
+    assert json.loads((workdir / "config.json").read_text())["names"] == ["dark", "bright"]
+    # A second run does not write over the first.
+    assert "is not empty" in fails(capsys, arguments(folder, workdir))
+
+
+def test_a_missing_folder_is_named(tmp_path, capsys):
+    assert str(tmp_path / "nowhere") in fails(capsys, arguments(tmp_path / "nowhere", tmp_path / "run"))
+
+
+def test_a_bad_image_is_named_before_training(folder, tmp_path, capsys):
+    bad = folder / "val" / "img" / "1.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    assert str(bad) in fails(capsys, arguments(folder, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_do_not_fit_are_named(folder, tmp_path, capsys):
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"not a checkpoint")
+    assert str(weights) in fails(capsys, [*arguments(folder, tmp_path / "run"), "--weights", str(weights)])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dataset", "cityscapes"], "cityscapes"),
+        (["--dataset", "folder:x"], "--weights"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--image-size", "0", "32"], "--image-size"),
+        (["--learning-rate", "1e-3", "-1"], "--learning-rate"),
+        (["--epochs", "0", "0"], "--epochs"),
+        (["--num-classes", "1"], "--num-classes"),
+    ],
+)
+def test_values_out_of_range_are_refused_at_once(capsys, options, said):
+    assert said in fails(capsys, options)
+
+
+def test_a_batch_that_the_devices_do_not_divide(folder, tmp_path, capsys):
+    assert "use 4" in fails(capsys, [*arguments(folder, tmp_path / "run"), "--batch-size", "3"])
+
+
+def test_a_batch_larger_than_the_split(folder, tmp_path, capsys):
+    assert "--batch-size 4" in fails(capsys, [*arguments(folder, tmp_path / "run"), "--batch-size", "8"])
+
+
+def test_what_is_not_given_comes_from_the_recipe_of_the_data_set():
+    settings = complete(Settings(batch_size=4), "baseline")
+    assert settings.batch_size == 4
+    assert settings.image_size == (96, 128) and settings.weights == "none"
+    assert settings.workdir.parts[0] == "runs" and settings.workdir.name.startswith("baseline-shapes-")
+    report = complete(Settings(dataset="folder:some/street scenes", weights="none"), "baseline")
+    assert report.image_size == (352, 448)
+    assert report.workdir.name.startswith("baseline-street scenes-")
+
+
+def test_help_explains_every_option_without_loading_jax():
+    code = (
+        "import sys; from experiments.baseline import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+    assert out.strip().endswith("False")
+    for option in (
+        "--dataset",
+        "--weights",
+        "--image-size",
+        "--batch-size",
+        "--epochs",
+        "--learning-rate",
+        "--workdir",
+    ):
+        assert option in out
