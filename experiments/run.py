@@ -76,10 +76,10 @@ def run(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> int:
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
+        if settings.workdir.is_dir() and any(settings.workdir.iterdir()):
+            raise ValueError(f"--workdir {settings.workdir} is not empty: name another, or remove what is in it")
         prepared = prepare(settings, make_decoder)
         settings.workdir.mkdir(parents=True, exist_ok=True)
-        if any(settings.workdir.iterdir()):
-            raise ValueError(f"--workdir {settings.workdir} is not empty: name another, or remove what is in it")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

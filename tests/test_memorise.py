@@ -1,0 +1,42 @@
+"""The whole path on real photographs: eight CamVid images can be learnt by heart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxseg import metrics, train
+from jaxseg.data.folder import open_folder
+from jaxseg.data.loader import resize_image, resize_label
+from jaxseg.decoders import BaselineDecoder
+from jaxseg.optimizer import make_optimizer
+from jaxseg.pretrained import load_encoder
+from jaxseg.resnet import ResNet
+from jaxseg.segmenter import Segmenter
+
+SIZE, NUM_CLASSES = (96, 128), 11
+
+
+def test_eight_camvid_images_are_learnt_by_heart(shared):
+    _, splits = open_folder(shared / "data" / "camvid", NUM_CLASSES)
+    # Spread over the split, because its neighbours are frames of one film.
+    items = [splits["train"][index] for index in range(0, len(splits["train"]), 46)]
+    batch = {
+        "image": np.stack([resize_image(item["image"], SIZE) for item in items]),
+        "label": np.stack([resize_label(item["label"], SIZE) for item in items]),
+    }
+    assert len(items) == 8
+    devices = jax.local_devices()[:1]
+    model = Segmenter(ResNet(axis_name=train.AXIS), BaselineDecoder(NUM_CLASSES))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    encoder = {name: tree["encoder"] for name, tree in variables.items()}
+    encoder = load_encoder(shared / "weights" / "resnet18-9f26ff83.pth", encoder)
+    variables["params"]["encoder"], variables["batch_stats"]["encoder"] = encoder["params"], encoder["batch_stats"]
+    eval_batch = {**batch, "label_size": np.full((8, 2), SIZE, np.int32)}
+    evaluate = train.make_evaluate(model, NUM_CLASSES, lambda: [eval_batch], devices)
+    for freeze, steps in ((True, 60), (False, 240)):
+        stage = train.Stage("by heart", 1, 1e-3, freeze)
+        tx = make_optimizer(1e-3, freeze)
+        state = train.start_stage(variables, tx, devices)
+        *_, end = train.run_stage(model, tx, state, stage, [batch] * steps, steps, evaluate, devices)
+        variables = {"params": end.state.params, "batch_stats": end.state.batch_stats}
+    assert metrics.mean_iou(end.confusion) > 0.95
