@@ -26,6 +26,9 @@ from jaxseg.segmenter import Segmenter
 
 NUM_PICTURES = 12
 
+# (variables on the devices, split) -> (C, C) int64 confusion matrix.
+Evaluate = Callable[[Any, str], np.ndarray]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -170,12 +173,14 @@ def execute(run: Run) -> None:
         print(describe(stage, run.variables["params"]))
     manager = checkpoint.open_checkpoints(workdir / "checkpoints")
     with MetricsLog(workdir, run.labels.num_classes) as log:
-        best = train_stages(run, manager, log, meta)
+        # One function for all splits and stages: it compiles once where the labels' sizes agree.
+        evaluate = make_evaluate(run)
+        best = train_stages(run, evaluate, manager, log, meta)
     variables, saved = checkpoint.restore_model(manager, checkpoint.BEST, run.variables)
     manager.close()
     results = {"val": best}
     if "test" in run.splits:
-        results["test"] = make_evaluate(run, "test")(train.replicate(variables, run.devices))
+        results["test"] = evaluate(train.replicate(variables, run.devices), "test")
         print(f"\ntest split, best checkpoint ({saved['stage_name']}, epoch {saved['epoch']}):")
         print_table(results["test"], run.labels)
     write_results(workdir, results, run.labels)
@@ -183,12 +188,12 @@ def execute(run: Run) -> None:
     print(f"\neverything is in {workdir}: config.json, metrics.csv, results.json, events/, checkpoints/, figures/")
 
 
-def train_stages(run: Run, manager: Any, log: MetricsLog, meta: dict[str, Any]) -> np.ndarray:
+def train_stages(run: Run, evaluate: Evaluate, manager: Any, log: MetricsLog, meta: dict[str, Any]) -> np.ndarray:
     """Trains stage after stage, each from where the last one ended; returns the best epoch's confusion matrix."""
     variables, step = run.variables, 0
     best = previous = None
     for stage in run.stages:
-        variables, step, confusions = train_one_stage(run, stage, variables, step, manager, log, meta)
+        variables, step, confusions = train_one_stage(run, stage, variables, step, evaluate, manager, log, meta)
         print(f"\nvalidation split after {stage.name}:")
         print_table(confusions[-1], run.labels)
         if previous is not None:
@@ -203,6 +208,7 @@ def train_one_stage(
     stage: train.Stage,
     variables: Any,
     step: int,
+    evaluate: Evaluate,
     manager: Any,
     log: MetricsLog,
     meta: dict[str, Any],
@@ -224,8 +230,8 @@ def train_one_stage(
         batch_size=settings.batch_size,
         seed=2 * settings.seed + number,
     )
-    evaluate = make_evaluate(run, "val")
-    events = train.run_stage(run.model, tx, state, stage, batches, steps, evaluate, run.devices)
+    validate = functools.partial(evaluate, split="val")
+    events = train.run_stage(run.model, tx, state, stage, batches, steps, validate, run.devices)
     confusions, losses, start = [], [], time.perf_counter()
     total = stage.epochs * steps * settings.batch_size
     with tqdm(total=total, desc=stage.name, unit="img", disable=None, smoothing=0.1) as bar:
@@ -250,15 +256,15 @@ def train_one_stage(
     return variables, step, confusions
 
 
-def make_evaluate(run: Run, split: str) -> Callable[[Any], np.ndarray]:
-    """The evaluation on one split: {'params', 'batch_stats'} -> (C, C) int64 confusion matrix."""
-    eval_batches = functools.partial(
-        loader.eval_batches,
-        run.splits[split],
-        image_size=run.settings.image_size,
-        batch_size=run.settings.batch_size,
-    )
-    return train.make_evaluate(run.model, run.labels.num_classes, eval_batches, run.devices)
+def make_evaluate(run: Run) -> Evaluate:
+    """Builds the evaluation of variables on a split of the run's data."""
+    evaluate = train.make_evaluate(run.model, run.labels.num_classes, run.devices)
+    sizes = {"image_size": run.settings.image_size, "batch_size": run.settings.batch_size}
+
+    def evaluate_split(variables: Any, split: str) -> np.ndarray:
+        return evaluate(variables, loader.eval_batches(run.splits[split], **sizes))
+
+    return evaluate_split
 
 
 def print_table(confusion: np.ndarray, labels: Labels) -> None:

@@ -275,26 +275,26 @@ def _step_done(epoch: int, step: int, metrics: dict[str, jax.Array]) -> StepDone
 
 
 def make_evaluate(
-    model: nn.Module, num_classes: int, eval_batches: Callable[[], Iterable[Batch]], devices: Sequence[jax.Device]
-) -> Callable[[Any], np.ndarray]:
-    """Builds the evaluation of a model over a whole split.
+    model: nn.Module, num_classes: int, devices: Sequence[jax.Device]
+) -> Callable[[Any, Iterable[Batch]], np.ndarray]:
+    """Builds the evaluation of a model over a split.
 
     Args:
       model: the segmenter.
       num_classes: C.
-      eval_batches: starts one pass over the split: host batches as `predict_step` takes them, all of the same shapes.
       devices: the local devices.
 
     Returns:
-      {'params', 'batch_stats'} -> (C, C) int64 confusion matrix; it compiles at its first call only.
+      evaluate(variables, batches) -> (C, C) int64 confusion matrix, with variables {'params', 'batch_stats'} on the
+      devices and host batches as `predict_step` takes them; it compiles once for each shape of batch.
     """
     step_fn = functools.partial(eval_step, model=model, num_classes=num_classes, axis_name=AXIS)
     step_fn = pmap_step(step_fn, devices)
 
-    def evaluate(variables: Any) -> np.ndarray:
+    def evaluate(variables: Any, batches: Iterable[Batch]) -> np.ndarray:
         total = np.zeros((num_classes, num_classes), np.int64)
         pending: collections.deque = collections.deque()
-        for batch in batches_on_devices(eval_batches(), devices):
+        for batch in batches_on_devices(batches, devices):
             pending.append(step_fn(variables, batch))
             if len(pending) > LAG:
                 total += np.asarray(pending.popleft())

@@ -1,5 +1,7 @@
 """The whole path on real photographs: eight CamVid images can be learnt by heart."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def test_eight_camvid_images_are_learnt_by_heart(shared):
     encoder = load_encoder(shared / "weights" / "resnet18-9f26ff83.pth", encoder)
     variables["params"]["encoder"], variables["batch_stats"]["encoder"] = encoder["params"], encoder["batch_stats"]
     eval_batch = {**batch, "label_size": np.full((8, 2), SIZE, np.int32)}
-    evaluate = train.make_evaluate(model, NUM_CLASSES, lambda: [eval_batch], devices)
+    evaluate = functools.partial(train.make_evaluate(model, NUM_CLASSES, devices), batches=[eval_batch])
     for freeze, steps in ((True, 60), (False, 240)):
         stage = train.Stage("by heart", 1, 1e-3, freeze)
         tx = make_optimizer(1e-3, freeze)

@@ -133,7 +133,7 @@ def run_stage(
 def test_the_loop_compiles_each_step_once(variables, freeze):
     compiled = []
     eval_batches = [{**make_batch(9), "label_size": np.full((8, 2), (32, 64), np.int32)}] * 2
-    evaluate = train.make_evaluate(MODEL, NUM_CLASSES, lambda: eval_batches, DEVICES)
+    evaluate = functools.partial(train.make_evaluate(MODEL, NUM_CLASSES, DEVICES), batches=eval_batches)
     events = run_stage(variables, freeze, 3, 4, evaluate=evaluate)
 
     def count(name, *_, **__):
@@ -213,7 +213,7 @@ def test_predictions_equal_pytorchs_interpolation(variables):
 def test_evaluation_sums_every_counted_pixel(variables, num_devices):
     batches = [eval_batch(seed, [(32, 64), (50, 75)], (50, 75)) for seed in range(3)]
     devices = DEVICES[:num_devices]
-    total = train.make_evaluate(MODEL, NUM_CLASSES, lambda: batches, devices)(train.replicate(variables, devices))
+    total = train.make_evaluate(MODEL, NUM_CLASSES, devices)(train.replicate(variables, devices), batches)
     assert total.dtype == np.int64
     expected = np.zeros((NUM_CLASSES, NUM_CLASSES), np.int64)
     for batch in batches:
