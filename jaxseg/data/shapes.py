@@ -1,9 +1,9 @@
 """The embedded data set: still lifes of eight kinds of object, rendered from a seed with NumPy and Pillow.
 
 A scene has two to five large objects that hide parts of each other, lit from one side, over cluttered textured
-backgrounds. Every surface, the background's too, draws its colours from one distribution, so a pixel's colour says
-little about its class: a classifier has to see texture and outline. `target` and `lollipop` differ in that rings close
-and a spiral doesn't.
+backgrounds. A kind leans towards a hue but may have any, and the backgrounds' palettes are drawn from those of all
+kinds, so that a pixel's colour says little about its class: a classifier has to see texture and outline. `target` and
+`lollipop` differ in that rings close and a spiral doesn't.
 
 Lengths in this module are in units of the image's height unless they say pixels; x points right, y down.
 """
@@ -35,32 +35,31 @@ NAMES = (
     "starfish",
 )
 IGNORE_LABEL = 255
-# How often an object is of each kind; the rarest is met a third as often as the most frequent.
-FREQUENCIES = np.array([0.20, 0.15, 0.10, 0.15, 0.09, 0.13, 0.11, 0.07])
+# How often an object is of each kind; the rarest is met half as often as the most frequent.
+FREQUENCIES = np.array([0.18, 0.14, 0.10, 0.14, 0.11, 0.12, 0.12, 0.09])
+# The hue each kind leans to, in turns from red through green and blue, and how often it follows it.
+_HUES = (0.62, 0.0, 0.88, 0.06, 0.36, 0.14, 0.5, 0.75)
+_HUE_TENDENCY = 0.7
 SPLITS = ("train", "val", "test")
 # A scene is painted this many times larger in each direction, then averaged.
 _OVERSAMPLING = 2
 
 
-def _gray(rgb: np.ndarray) -> np.ndarray:
-    """The luma of colours (..., 3) in [0, 1]."""
-    return rgb @ np.array([0.299, 0.587, 0.114], np.float32)
+def _draw_palette(rng: np.random.Generator, kind: int | None = None) -> np.ndarray:
+    """Draws a light, a dark and an accent colour: (3, 3) float32 in [0, 1].
 
-
-def _draw_palette(rng: np.random.Generator) -> np.ndarray:
-    """Draws three colours (3, 3) in [0, 1] of which the first two differ clearly in brightness.
-
-    Objects and backgrounds all call this one function: that is what makes colour alone uninformative.
+    A kind leans towards a hue but may have any. Without a kind (for what belongs to the background) one is drawn by
+    its frequency: palettes have the same distribution on objects and behind them.
     """
-    hue = rng.uniform() + rng.choice([0.0, 0.5, 0.35]) * np.array([0, 1, 0.5]) + rng.normal(0, 0.04, 3)
-    saturation = rng.uniform(0.15, 0.95, 3)
-    value = np.array([rng.uniform(0.2, 0.5), rng.uniform(0.75, 1.0), rng.uniform(0.3, 1.0)])
+    if kind is None:
+        kind = rng.choice(len(_HUES), p=FREQUENCIES)
+    hue = rng.normal(_HUES[kind], 0.06) if rng.uniform() < _HUE_TENDENCY else rng.uniform()
+    hues = hue + rng.choice([0.0, 0.5, 0.35]) * np.array([0, 1, 0.5]) + rng.normal(0, 0.03, 3)
+    saturation = rng.uniform(0.15, 0.65, 3)
+    value = np.array([rng.uniform(0.8, 1.0), rng.uniform(0.15, 0.4), rng.uniform(0.4, 0.8)])
     # HSV to RGB: each channel is a clipped triangle wave of the hue.
-    wave = np.clip(np.abs((hue[:, None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1, 0, 1)
-    rgb = value[:, None] * (1 - saturation[:, None] * (1 - wave))
-    if rng.uniform() < 0.5:
-        rgb[[0, 1]] = rgb[[1, 0]]
-    return rgb.astype(np.float32)
+    wave = np.clip(np.abs((hues[:, None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1, 0, 1)
+    return (value[:, None] * (1 - saturation[:, None] * (1 - wave))).astype(np.float32)
 
 
 def _draw_noise(rng: np.random.Generator, shape: tuple[int, int], cells: float) -> np.ndarray:
@@ -107,7 +106,7 @@ def _paint_beach_ball(x: np.ndarray, y: np.ndarray, ink: np.ndarray, rng: np.ran
 def _paint_target(x: np.ndarray, y: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> Surface:
     """Closed concentric rings on a flat disc with a raised rim."""
     radius = np.hypot(x, y)
-    rings = np.sin(2 * np.pi * radius * rng.uniform(2.2, 2.6) + np.pi / 2)
+    rings = np.sin(2 * np.pi * radius * rng.uniform(1.9, 2.2) + np.pi / 2)
     height = 0.25 * _dome(radius**2, 16) + 0.06 * _ramp(radius - 0.86, 0.1)
     return radius < 1, _mix(ink[0], ink[1], _ramp(rings, 0.5)), height
 
@@ -118,10 +117,10 @@ def _paint_lollipop(x: np.ndarray, y: np.ndarray, ink: np.ndarray, rng: np.rando
     disc_x = x / 0.8
     radius = np.hypot(disc_x, disc_y)
     turn = np.arctan2(disc_y, disc_x)
-    spiral = np.sin(2 * turn + 2 * np.pi * radius * rng.uniform(1.2, 1.6))
+    spiral = np.sin(2 * turn + 2 * np.pi * radius * rng.uniform(1.1, 1.3))
     disc = radius < 1
     stick = (np.abs(x) < 0.1) & (y > 0) & (y < 1.1)
-    colours = np.where(disc[..., None], _mix(ink[0], ink[1], _ramp(spiral, 0.5)), ink[np.argmax(_gray(ink))])
+    colours = np.where(disc[..., None], _mix(ink[0], ink[1], _ramp(spiral, 0.5)), ink[0])
     height = np.where(disc, 0.5 * _dome(radius**2, 4) + 0.03 * np.cos(2 * spiral), _dome((x / 0.1) ** 2) * 0.1)
     return disc | stick, colours, height
 
@@ -137,11 +136,8 @@ def _paint_toadstool(x: np.ndarray, y: np.ndarray, ink: np.ndarray, rng: np.rand
     spots = (spots + rng.normal(0, 0.04, spots.shape)).tolist()
     sizes = rng.uniform(0.12, 0.2, len(spots)).tolist()
     nearest = np.min([np.hypot(x - sx, y - sy) - size for (sx, sy), size in zip(spots, sizes, strict=True)], axis=0)
-    light, dark = np.argmax(_gray(ink)), np.argmin(_gray(ink))
-    skin = _mix(ink[light], ink[dark], _ramp(nearest))
-    flesh = _mix(
-        ink[light], ink[dark], 0.35 * _ramp(np.sin(28 * x / half_width * 0.3), 1.5) + 0.5 * _ramp(0.3 - y, 0.2)
-    )
+    skin = _mix(ink[0], ink[1], _ramp(nearest))
+    flesh = _mix(ink[0], ink[1], 0.35 * _ramp(np.sin(28 * x / half_width * 0.3), 1.5) + 0.5 * _ramp(0.3 - y, 0.2))
     height = np.where(cap, 0.3 + 0.7 * _dome(np.clip(cap_radius, 0, 1)), 0.3 * _dome((x / half_width) ** 2))
     return cap | stem, np.where(cap[..., None], skin, flesh), height - 0.05 * _ramp(nearest) * cap
 
@@ -151,7 +147,7 @@ def _paint_cushion(x: np.ndarray, y: np.ndarray, ink: np.ndarray, rng: np.random
     pinch = 0.13
     side_x, side_y = x * (1 + pinch * (1 - y * y)) / 0.86, y * (1 + pinch * (1 - x * x)) / 0.86
     inside = np.maximum(np.abs(side_x), np.abs(side_y)) < 1
-    squares = int(rng.integers(4, 6)) / 2
+    squares = int(rng.integers(3, 5)) / 2
     chequers = np.sin(np.pi * side_x * squares) * np.sin(np.pi * side_y * squares)
     height = 0.6 * np.sqrt(np.clip((1 - side_x**2) * (1 - side_y**2), 0, 1))
     return inside, _mix(ink[0], ink[1], _ramp(chequers, 0.2)), height + 0.05 * np.abs(chequers)
@@ -163,29 +159,24 @@ def _paint_sunflower(x: np.ndarray, y: np.ndarray, ink: np.ndarray, rng: np.rand
     petals = int(rng.integers(9, 13))
     ridge = np.abs(np.cos(petals * turn / 2))
     centre = radius < 0.42
-    light, dark = np.argmax(_gray(ink)), np.argmin(_gray(ink))
-    middle = 3 - light - dark
     dots = np.sin(34 * x * 0.6) * np.sin(34 * y * 0.6)
-    petal = _mix(ink[middle] * 0.5, ink[light], _ramp(ridge - 0.35, 0.4))
-    seeds = _mix(ink[dark] * 0.6, ink[middle], _ramp(np.abs(dots) - 0.45, 0.3))
+    petal = _mix(ink[2] * 0.5, ink[0], _ramp(ridge - 0.35, 0.4))
+    seeds = _mix(ink[1] * 0.6, ink[2], _ramp(np.abs(dots) - 0.45, 0.3))
     height = np.where(centre, 0.3 + 0.2 * _dome((radius / 0.42) ** 2), 0.25 * ridge + 0.15 * radius)
     return radius < 0.74 + 0.26 * ridge**0.7, np.where(centre[..., None], seeds, petal), height
 
 
 def _paint_fish(x: np.ndarray, y: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> Surface:
-    """A round body in rows of scales, a plain head with an eye, a striped tail."""
+    """A round body with broad bars, a plain head with an eye, a striped tail."""
     body_x = (x - 0.2) / 0.8
     body_radius = body_x**2 + (y / 0.62) ** 2
     body = body_radius < 1
     tail = (x < -0.3) & (x > -1 + 0.25 * np.cos(3 * y)) & (np.abs(y) < 0.12 + 0.85 * np.clip(-0.4 - x, 0, 1))
     fin = (y < 0) & (np.abs(x - 0.05) < 0.42) & (y > -0.62 - 0.24 * np.cos((x - 0.05) * 3.4))
-    column = np.floor(x * 5)
-    scale = np.hypot(x * 5 - column - 0.1, (y * 4.4 + 0.5 * (column % 2)) % 1 - 0.5)
-    light, dark = np.argmax(_gray(ink)), np.argmin(_gray(ink))
-    colours = _mix(ink[light], ink[dark], _ramp(scale - 0.55, 0.35))
-    stripes = _mix(ink[dark], ink[3 - light - dark], _ramp(np.sin(16 * (np.abs(y) - 0.5 * x)), 0.8))
+    colours = _mix(ink[0], ink[1], _ramp(np.sin(11 * (x + 0.12 * y * y)), 0.5))
+    stripes = _mix(ink[1], ink[2], _ramp(np.sin(16 * (np.abs(y) - 0.5 * x)), 0.8))
     colours = np.where(body[..., None], colours, stripes)
-    head = _mix(ink[3 - light - dark], ink[dark], _ramp(0.045 - np.abs(np.hypot(x - 1.1, y) - 0.66), 0.05))
+    head = _mix(ink[2], ink[1], _ramp(0.045 - np.abs(np.hypot(x - 1.1, y) - 0.66), 0.05))
     colours = np.where((body & (np.hypot(x - 1.1, y) < 0.7))[..., None], head, colours)
     eye = np.hypot(x - 0.68, y + 0.12)
     colours = np.where((eye < 0.15)[..., None], np.where(eye[..., None] < 0.08, 0.05, 0.97), colours)
@@ -196,11 +187,12 @@ def _paint_starfish(x: np.ndarray, y: np.ndarray, ink: np.ndarray, rng: np.rando
     """Five thick arms studded with bumps."""
     radius, turn = np.hypot(x, y), np.arctan2(x, -y)
     arm = 0.5 + 0.5 * np.cos(5 * turn)
-    edge = 0.5 + 0.52 * arm**1.3
-    row = np.floor(y * 5.2)
-    stud = np.hypot((x * 4.6 + 0.5 * (row % 2)) % 1 - 0.5, y * 5.2 - row - 0.5)
-    bumps = _ramp(0.3 - stud, 0.2)
-    colours = _mix(ink[0] * 0.9, ink[1], bumps)
+    edge = 0.56 + 0.46 * arm**1.3
+    # A row of studs runs along each arm.
+    away = (turn + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5
+    stud = np.hypot((radius * np.cos(away) * 4.2) % 1 - 0.5, radius * np.sin(away) * 4.2)
+    bumps = _ramp(0.34 - stud, 0.2)
+    colours = _mix(_mix(ink[1], ink[2], _ramp(edge - radius - 0.1, 0.2)), ink[0], bumps)
     height = 0.5 * np.sqrt(np.clip(1 - radius / edge, 0, 1)) + 0.08 * bumps
     return radius < edge, colours, height
 
@@ -216,14 +208,14 @@ class _Kind:
 
 # In the order of NAMES[1:].
 _KINDS = (
-    _Kind(_paint_beach_ball, 0.8, 0.5),
-    _Kind(_paint_target, 0.4, 0.1),
-    _Kind(_paint_lollipop, 0.4, 0.4),
-    _Kind(_paint_toadstool, 0.35, 0.25),
-    _Kind(_paint_cushion, 0.5, 0.05),
-    _Kind(_paint_sunflower, 0.6, 0.0),
-    _Kind(_paint_fish, 0.4, 0.35),
-    _Kind(_paint_starfish, 0.6, 0.1),
+    _Kind(_paint_beach_ball, 0.5, 0.5),
+    _Kind(_paint_target, 0.3, 0.1),
+    _Kind(_paint_lollipop, 0.3, 0.4),
+    _Kind(_paint_toadstool, 0.3, 0.25),
+    _Kind(_paint_cushion, 0.35, 0.05),
+    _Kind(_paint_sunflower, 0.4, 0.0),
+    _Kind(_paint_fish, 0.3, 0.35),
+    _Kind(_paint_starfish, 0.4, 0.1),
 )
 
 
@@ -297,7 +289,8 @@ def _draw_background(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> 
     surfaces = []
     for _ in range(2):
         ink = _draw_palette(rng)
-        surfaces.append(_mix(ink[0], ink[1], _draw_texture(x, y, rng)))
+        # Softer than the objects' patterns, so that these stand out.
+        surfaces.append(_mix(ink[0], ink[1], 0.3 + 0.4 * _draw_texture(x, y, rng)))
     horizon = rng.uniform(0.2, 0.8) + rng.uniform(-0.3, 0.3) * (x - 0.6) + 0.03 * np.sin(x * rng.uniform(3, 12))
     return _draw_litter(_mix(surfaces[0], surfaces[1], _ramp(y - horizon, 0.02)), rng)
 
@@ -307,11 +300,11 @@ def _draw_background(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> 
 
 def _place_objects(rng: np.random.Generator, aspect: float) -> list[tuple[int, float, float, float]]:
     """Draws the objects of a scene, the farthest first: (kind, x, y, radius), spread out but overlapping."""
-    count = rng.choice([2, 3, 4, 5], p=[0.25, 0.35, 0.25, 0.15])
-    largest = {2: 0.4, 3: 0.37, 4: 0.33, 5: 0.3}[int(count)]
+    count = rng.choice([2, 3, 4, 5], p=[0.3, 0.4, 0.2, 0.1])
+    largest = {2: 0.4, 3: 0.38, 4: 0.34, 5: 0.31}[int(count)]
     placed: list[tuple[int, float, float, float]] = []
     for _ in range(count):
-        kind, radius = int(rng.choice(len(_KINDS), p=FREQUENCIES)), rng.uniform(0.21, largest)
+        kind, radius = int(rng.choice(len(_KINDS), p=FREQUENCIES)), rng.uniform(largest - 0.1, largest)
         # Of several places, the one farthest from the others: they overlap, but few are hidden.
         places = rng.uniform(0.15, 0.85, (5, 2)) * (aspect, 1)
         gaps = [
@@ -362,7 +355,7 @@ def _add_object(
     x, y = _rotate(away_x, away_y, rng.uniform(-look.turn, look.turn))
     # Some are mirrored, all are a little narrower than high.
     x = x / (rng.uniform(0.88, 1.0) * (1 if rng.uniform() < 0.5 else -1))
-    inside, colours, relief = look.paint(x, y, _draw_palette(rng), rng)
+    inside, colours, relief = look.paint(x, y, _draw_palette(rng, kind), rng)
 
     window, owners = canvas[top:bottom, left:right], owner[top:bottom, left:right]
     # The shadow falls away from the lamp; the margin keeps it from wrapping round the window.
@@ -456,8 +449,11 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """The scenes as a TFDS data set named `shapes`, in array_record files; needs no TensorFlow."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: typing.ClassVar = {"1.0.0": "First scenes: eight kinds of object."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES: typing.ClassVar = {
+        "1.0.0": "First scenes: eight kinds of object.",
+        "2.0.0": "Larger objects with bolder patterns, softer backgrounds, kinds that lean towards a hue.",
+    }
     BUILDER_CONFIGS: typing.ClassVar = [ShapesConfig()]
 
     def __init__(self, *, progress: bool = False, **kwargs: object):
