@@ -217,9 +217,11 @@ def test_of_two_preparations_at_once_both_get_the_data(tmp_path, monkeypatch):
     assert_complete(shapes.open_shapes(tmp_path, SMALL))
 
 
-def test_preparing_is_quiet_without_a_terminal(tmp_path, capfd):
-    shapes.open_shapes(tmp_path, shapes.ShapesConfig(counts=(1, 1, 1), height=32, width=32))
-    assert capfd.readouterr() == ("", "")
+def test_preparing_is_quiet_without_a_terminal(tmp_path):
+    # In its own interpreter, because pytest takes the log away.
+    code = "from jaxseg.data.shapes import *; open_shapes('data', ShapesConfig(counts=(1, 1, 1), height=32, width=32))"
+    done = run_python(code, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
