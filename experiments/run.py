@@ -79,10 +79,11 @@ def run(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> int:
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
-        if settings.workdir.is_dir() and any(settings.workdir.iterdir()):
-            raise ValueError(f"--workdir {settings.workdir} is not empty: name another, or remove what is in it")
+        check_workdir(settings.workdir)
         prepared = prepare(settings, make_decoder)
-        settings.workdir.mkdir(parents=True, exist_ok=True)
+        # Another run may have taken the folder meanwhile: making it is what claims it.
+        check_workdir(settings.workdir)
+        settings.workdir.mkdir(parents=True, exist_ok=settings.workdir.is_dir())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -92,6 +93,14 @@ def run(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+    """Raises ValueError unless the workdir is missing or an empty folder."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir} is a file: name a folder")
+    if workdir.is_dir() and any(workdir.iterdir()):
+        raise ValueError(f"--workdir {workdir} is not empty: name another, or remove what is in it")
 
 
 def prepare(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> Run:
@@ -171,17 +180,20 @@ def execute(run: Run) -> None:
     print(f"images: {sizes}; devices: {len(run.devices)}")
     for stage in run.stages:
         print(describe(stage, run.variables["params"]))
-    manager = checkpoint.open_checkpoints(workdir / "checkpoints")
-    with MetricsLog(workdir, run.labels.num_classes) as log:
+    with (
+        checkpoint.open_checkpoints(workdir / "checkpoints") as manager,
+        MetricsLog(workdir, run.labels.num_classes) as log,
+    ):
         # One function for all splits and stages: it compiles once where the labels' sizes agree.
         evaluate = make_evaluate(run)
         best = train_stages(run, evaluate, manager, log, meta)
-    variables, saved = checkpoint.restore_model(manager, checkpoint.BEST, run.variables)
-    manager.close()
+        variables, saved = checkpoint.restore_model(manager, checkpoint.BEST, run.variables)
+    best_epoch = f"{saved['stage_name']}, epoch {saved['epoch']}"
+    print(f"\nbest on the validation split: {best_epoch}, mean_iou {metrics.mean_iou(best):.6f}")
     results = {"val": best}
     if "test" in run.splits:
         results["test"] = evaluate(train.replicate(variables, run.devices), "test")
-        print(f"\ntest split, best checkpoint ({saved['stage_name']}, epoch {saved['epoch']}):")
+        print(f"test split, at that epoch ({best_epoch}):")
         print_table(results["test"], run.labels)
     write_results(workdir, results, run.labels)
     draw(run, variables, best)
@@ -199,7 +211,10 @@ def train_stages(run: Run, evaluate: Evaluate, manager: Any, log: MetricsLog, me
         if previous is not None:
             print(stage_difference(previous, confusions[-1], run.labels.names))
         previous = confusions[-1]
-        best = max([*([] if best is None else [best]), *confusions], key=metrics.mean_iou)
+        for confusion in confusions:
+            # Of equals the last is the best, as in the checkpoints.
+            if best is None or metrics.mean_iou(confusion) >= metrics.mean_iou(best):
+                best = confusion
     return best
 
 
@@ -221,6 +236,8 @@ def train_one_stage(
     settings, number = run.settings, 1 if stage.freeze_encoder else 2
     steps = loader.steps_per_epoch(run.splits["train"], settings.batch_size)
     rate, first_step = optimizer.make_schedule(stage.schedule, stage.learning_rate, stage.epochs * steps), step
+    # For the log, all at once: a schedule asked in the loop would be computed on the device, behind its queue.
+    rates = np.broadcast_to(np.asarray(rate(np.arange(stage.epochs * steps))), stage.epochs * steps)
     tx = optimizer.make_optimizer(rate, stage.freeze_encoder)
     state = train.start_stage(variables, tx, run.devices, step)
     # Each stage draws its own order, so that a seed's stages do not repeat each other.
@@ -238,7 +255,7 @@ def train_one_stage(
         for event in events:
             if isinstance(event, train.StepDone):
                 losses.append(event.loss)
-                log.step(number, event.epoch, event.step, event.loss, float(rate(event.step - 1 - first_step)))
+                log.step(number, event.epoch, event.step, event.loss, float(rates[event.step - 1 - first_step]))
                 bar.update(settings.batch_size)
                 bar.set_postfix(loss=f"{event.loss:.3f}", refresh=False)
                 continue

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import math
 import pathlib
 from typing import Annotated, Literal
 
@@ -96,6 +97,8 @@ def complete(settings: Settings, name: str) -> Settings:
         values["workdir"] = pathlib.Path("runs") / f"{name}-{_slug(settings.dataset)}-{now}"
     settings = dataclasses.replace(settings, **values)
     _check(settings)
+    if kind != "folder" and settings.num_classes is not None:
+        raise ValueError(f"--num-classes is for folders: {kind} has its own classes")
     return settings
 
 
@@ -105,14 +108,14 @@ def _slug(dataset: str) -> str:
 
 
 def _check(settings: Settings) -> None:
-    positive = {
-        "--image-size": min(settings.image_size),
-        "--batch-size": settings.batch_size,
-        "--learning-rate": min(settings.learning_rate),
-    }
-    for option, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{option} must be above 0, not {value}")
+    positive = [("--image-size", value) for value in settings.image_size]
+    positive += [("--learning-rate", value) for value in settings.learning_rate]
+    for option, value in [*positive, ("--batch-size", settings.batch_size)]:
+        if not 0 < value < math.inf:
+            raise ValueError(f"{option} must be above 0 and finite, not {value}")
+    # The loader's seeds are twice this one, and 32 bits long.
+    if not 0 <= settings.seed < 2**31 - 1:
+        raise ValueError(f"--seed must be from 0 to {2**31 - 2}, not {settings.seed}")
     if min(settings.epochs) < 0 or max(settings.epochs) == 0:
         raise ValueError(f"--epochs {settings.epochs[0]} {settings.epochs[1]}: both from 0 up, and one of them above 0")
     if settings.num_classes is not None and not 2 <= settings.num_classes <= 255:

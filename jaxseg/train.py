@@ -261,9 +261,10 @@ def run_stage(
             pending.append((step, metrics))
             if len(pending) > LAG:
                 yield _step_done(epoch, *pending.popleft())
+        # The evaluation is queued behind the last updates before their losses are waited for.
+        confusion = evaluate({"params": state.params, "batch_stats": state.batch_stats})
         for late in pending:
             yield _step_done(epoch, *late)
-        confusion = evaluate({"params": state.params, "batch_stats": state.batch_stats})
         yield EpochDone(epoch, step, confusion, mean_iou(confusion), state)
 
 

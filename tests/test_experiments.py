@@ -52,7 +52,12 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys):
     assert baseline.main(arguments(folder, workdir)) == 0
     out = capsys.readouterr().out
     assert "stage 1: encoder frozen: trains decoder (" in out and "keeps encoder (11,176,512 parameters)" in out
-    assert "class #1 : " in out and "  bright" in out and out.count("mean_iou: ") == 3
+    assert (
+        "class #1 : " in out
+        and "  bright" in out
+        and out.count("mean_iou: ") == 3
+        and "best on the validation split: stage" in out
+    )
     assert "stage 2 added" in out and "test split" in out and str(workdir) in out
     assert {path.name for path in workdir.iterdir()} == {
         "checkpoints", "config.json", "events", "figures", "metrics.csv", "results.json",
@@ -102,7 +107,12 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, capsys):
         (["--image-size", "0", "32"], "--image-size"),
         (["--learning-rate", "1e-3", "-1"], "--learning-rate"),
         (["--epochs", "0", "0"], "--epochs"),
-        (["--num-classes", "1"], "--num-classes"),
+        (["--learning-rate", "inf", "1e-3"], "--learning-rate"),
+        (["--num-classes", "5"], "--num-classes is for folders"),
+        (["--dataset", "folder:x", "--weights", "none", "--num-classes", "1"], "--num-classes"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**31)], "--seed"),
+        (["--workdir", __file__], "is a file"),
     ],
 )
 def test_values_out_of_range_are_refused_at_once(capsys, options, said):

@@ -298,3 +298,15 @@ def test_camvid(shared):
     item = sources["train"][0]
     assert item["image"].shape == (360, 480, 3) and item["label"].shape == (360, 480)
     assert set(np.unique(item["label"])) <= {*range(11), 255}
+
+
+def test_a_grey_label_of_four_bits_is_refused(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    # Two pixels of values 1 and 2, which Pillow would give as 17 and 34.
+    header, pixels = struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0), zlib.compress(b"\0\x12")
+    path = tmp_path / "label.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="fewer than 8 bits"):
+        folder.read_label(path)

@@ -171,6 +171,11 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
                 f"{path}: a label must be an 8-bit grey or palette PNG, and this has mode {label.mode}:"
                 " save the class of each pixel as one 8-bit value"
             )
+        # Pillow stretches grey values of 2 and 4 bits to 0..255, and would change the classes.
+        if label.mode == "L" and label.tile and label.tile[0].args != "L":
+            raise ValueError(
+                f"{path}: a grey label of fewer than 8 bits: save the class of each pixel as one 8-bit value"
+            )
         try:
             return np.asarray(label)
         except _DECODE_ERRORS as error:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from experiments import run as jax_run
 from experiments.settings import Settings, parse
-from jaxseg import metrics
+from jaxseg import metrics, optimizer
 from jaxseg.data import loader
 from jaxseg.decoders import BaselineDecoder
 from jaxseg.segmenter import MEAN, STD, STRIDE
@@ -145,7 +145,7 @@ def load(model: Segmenter, variables) -> Segmenter:
     return model.to(memory_format=torch.channels_last)
 
 
-def train_epoch(model, optimizer, batches, steps: int, freeze_encoder: bool) -> float:
+def train_epoch(model, adam, schedule, batches, steps: int, freeze_encoder: bool) -> float:
     """Trains for one epoch; returns the mean loss."""
     model.train()
     if freeze_encoder:
@@ -153,11 +153,12 @@ def train_epoch(model, optimizer, batches, steps: int, freeze_encoder: bool) -> 
     losses = []
     for _ in range(steps):
         batch = next(batches)
-        optimizer.zero_grad(set_to_none=True)
+        adam.zero_grad(set_to_none=True)
         logits = model(torch.from_numpy(batch["image"]), freeze_encoder)
         loss = functional.cross_entropy(logits, torch.from_numpy(batch["label"]).long(), ignore_index=255)
         loss.backward()
-        optimizer.step()
+        adam.step()
+        schedule.step()
         losses.append(loss.item())
     return float(np.mean(losses))
 
@@ -195,10 +196,13 @@ def main(argv: list[str] | None = None) -> int:
         number = 1 if stage.freeze_encoder else 2
         batches = iter(loader.train_batches(splits["train"], seed=2 * settings.seed + number, **sizes))
         parameters = model.decoder.parameters() if stage.freeze_encoder else model.parameters()
-        optimizer = torch.optim.Adam(parameters, stage.learning_rate)
+        # LambdaLR multiplies the optimizer's own rate, which is therefore 1.
+        adam = torch.optim.Adam(parameters, 1.0)
+        rate = optimizer.make_schedule(stage.schedule, stage.learning_rate, stage.epochs * steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step, rate=rate: float(rate(step)))
         for epoch in range(1, stage.epochs + 1):
             start = time.perf_counter()
-            loss = train_epoch(model, optimizer, batches, steps, stage.freeze_encoder)
+            loss = train_epoch(model, adam, schedule, batches, steps, stage.freeze_encoder)
             trained = time.perf_counter() - start
             confusion = evaluate(model, eval_batches["val"](), num_classes)
             score = metrics.mean_iou(confusion)
