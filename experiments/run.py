@@ -19,7 +19,7 @@ from tqdm import tqdm
 from experiments.settings import Settings
 from jaxseg import checkpoint, metrics, optimizer, plots, pretrained, train
 from jaxseg.data import folder, loader, shapes
-from jaxseg.data.labels import VOC9, Labels
+from jaxseg.data.labels import Labels, default_colours
 from jaxseg.log import MetricsLog, read_metrics
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
@@ -135,7 +135,8 @@ def open_data(settings: Settings) -> tuple[Labels, dict[str, Any]]:
     """Opens, prepares or checks the data set that the settings name; raises as `prepare` says."""
     kind, _, directory = settings.dataset.partition(":")
     if kind == "shapes":
-        return Labels(shapes.NAMES, VOC9.colours), shapes.open_shapes(settings.data_dir)
+        colours = ((0, 0, 0), *default_colours(len(shapes.NAMES) - 1))
+        return Labels(shapes.NAMES, colours), shapes.open_shapes(settings.data_dir)
     labels, splits = folder.open_folder(pathlib.Path(directory), settings.num_classes)
     folder.check_folder(splits, labels.num_classes)
     return labels, splits
