@@ -20,6 +20,7 @@ from experiments.settings import Settings
 from jaxseg import checkpoint, metrics, optimizer, plots, pretrained, train
 from jaxseg.data import folder, loader, shapes
 from jaxseg.data.labels import Labels, default_colours
+from jaxseg.decoders import start_at_prior
 from jaxseg.log import MetricsLog, read_metrics
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
@@ -120,6 +121,11 @@ def prepare(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> Run
     loader.steps_per_epoch(splits["train"], settings.batch_size)
     model = Segmenter(ResNet(axis_name=train.AXIS), make_decoder(labels.num_classes))
     variables = initialise(model, settings)
+    if settings.decoder_init == "prior":
+        counts = count_classes(splits["train"], labels.num_classes)
+        decoder = start_at_prior(variables["params"]["decoder"], counts.sum(0))
+        variables = {**variables, "params": {**variables["params"], "decoder": decoder}}
+        print("decoder: its first guess is the classes' frequencies (--decoder-init prior)")
     names = ("stage 1: encoder frozen", "stage 2: everything")
     stages = tuple(
         train.Stage(name, epochs, rate, freeze, settings.schedule)
@@ -179,6 +185,9 @@ def execute(run: Run) -> None:
     (workdir / "config.json").write_text(json.dumps(meta, indent=2) + "\n")
     sizes = ", ".join(f"{len(source)} {name}" for name, source in run.splits.items())
     print(f"images: {sizes}; devices: {len(run.devices)}")
+    for number, epochs in enumerate(settings.epochs, start=1):
+        if not epochs:
+            print(f"stage {number}: left out (0 epochs)")
     for stage in run.stages:
         print(describe(stage, run.variables["params"]))
     with (
@@ -239,7 +248,7 @@ def train_one_stage(
     rate, first_step = optimizer.make_schedule(stage.schedule, stage.learning_rate, stage.epochs * steps), step
     # For the log, all at once: a schedule asked in the loop would be computed on the device, behind its queue.
     rates = np.broadcast_to(np.asarray(rate(np.arange(stage.epochs * steps))), stage.epochs * steps)
-    tx = optimizer.make_optimizer(rate, stage.freeze_encoder)
+    tx = optimizer.make_optimizer(rate, stage.freeze_encoder, settings.adam_b2)
     state = train.start_stage(variables, tx, run.devices, step)
     # Each stage draws its own order, so that a seed's stages do not repeat each other.
     batches = loader.train_batches(
@@ -328,10 +337,10 @@ def draw(run: Run, variables: Any, confusion: np.ndarray) -> None:
         steps, epochs = (read_metrics(run.settings.workdir, kind, number) for kind in ("step", "epoch"))
         row = (steps["step"], steps["loss"], epochs["epoch"], epochs["mean_iou"])
         history.append(plots.StageHistory(stage.name, *row))
-    plots.plot_training(history, directory)
+    plots.plot_training(history, directory, first=1 if run.stages[0].freeze_encoder else 2)
     plots.plot_confusion(confusion, run.labels.names, directory / "confusion.png")
     source = run.splits["val"]
-    counts = np.array([_class_counts(source[i]["label"], run.labels.num_classes) for i in range(len(source))])
+    counts = count_classes(source, run.labels.num_classes)
     chosen = plots.choose_examples(counts, min(NUM_PICTURES, len(source)))
     predictions = predict(run, variables, _Subset(source, chosen))
     examples = []
@@ -358,8 +367,10 @@ def predict(run: Run, variables: Any, source: Any) -> list[np.ndarray]:
     return [classes[:height, :width] for classes, (height, width) in zip(maps, sizes, strict=False)]
 
 
-def _class_counts(label: np.ndarray, num_classes: int) -> np.ndarray:
-    return np.bincount(label.ravel(), minlength=256)[:num_classes]
+def count_classes(source: Any, num_classes: int) -> np.ndarray:
+    """The pixels of each class in each image of a source: (images, num_classes) int64."""
+    labels = (source[index]["label"] for index in range(len(source)))
+    return np.stack([np.bincount(label.ravel(), minlength=256)[:num_classes] for label in labels])
 
 
 def _jsonable(settings: Settings) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Decoders: stride-32 features -> logits at the input's size."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxseg.layers import ConvTranspose
@@ -29,3 +31,34 @@ class BaselineDecoder(nn.Module):
         for layer, width in enumerate(self.widths):
             x = nn.relu(ConvTranspose(width, dtype=self.dtype, name=f"conv_transpose{layer + 1}")(x))
         return nn.Conv(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x.astype(jnp.float32))
+
+
+def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
+    """Lets a decoder without biases and batch norm start where it need not learn what all pixels have in common.
+
+    Otherwise it learns the classes' frequencies first, through all its layers at once: after some ten updates its last
+    channels are nearly multiples of each other, and stay so for long. Here the head's bias knows the frequencies, and
+    the transposed convolutions' kernels are centred, so that a constant added to all of their inputs changes nothing.
+
+    Args:
+      params: the parameters of `BaselineDecoder`.
+      counts: (num_classes,) pixels of each class in the training split; one is added to each.
+      scale: what the head's kernel is multiplied by, so that the features disturb the first guess little.
+
+    Returns:
+      Other parameters, of the same structure.
+
+    Source: Lin et al. 2017, "Focal loss for dense object detection", 3.3, for the bias.
+    """
+    counts = np.asarray(counts, np.float64) + 1
+    head = {"kernel": params["head"]["kernel"] * scale, "bias": jnp.asarray(np.log(counts / counts.sum()), jnp.float32)}
+    layers = {name: {"kernel": _centre(layer["kernel"])} for name, layer in params.items() if name != "head"}
+    return {**layers, "head": head}
+
+
+def _centre(kernel: jnp.ndarray) -> jnp.ndarray:
+    """Makes the weights (4, 4, C, F) that one output sees, 4 taps of all channels, sum to 0; the variance stays."""
+    phases = kernel.reshape(2, 2, 2, 2, *kernel.shape[2:])
+    centred = phases - phases.mean((0, 2, 4), keepdims=True)
+    # Of a rectified normal's mean square the squared mean is 1 / pi; only the rest still passes.
+    return centred.reshape(kernel.shape) * (1 - 1 / math.pi) ** -0.5

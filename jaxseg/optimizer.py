@@ -26,8 +26,8 @@ def make_schedule(name: str, learning_rate: float, steps: int) -> optax.Schedule
     """The learning rate as a function of the stage's step.
 
     Args:
-      name: 'constant', or 'cosine': from the learning rate down to 0 over the stage.
-      learning_rate: at step 0.
+      name: 'constant', or 'cosine': up linearly in the stage's first twentieth, then along a cosine down to 0.
+      learning_rate: the highest.
       steps: the updates of the whole stage.
 
     Raises:
@@ -36,19 +36,24 @@ def make_schedule(name: str, learning_rate: float, steps: int) -> optax.Schedule
     if name == "constant":
         return optax.constant_schedule(learning_rate)
     if name == "cosine":
-        return optax.cosine_decay_schedule(learning_rate, steps)
+        # Adam's first steps are as long as its later ones, but their directions are noise.
+        warmup = max(1, steps // 20)
+        return optax.warmup_cosine_decay_schedule(learning_rate / warmup, learning_rate, warmup, max(steps, warmup + 1))
     raise ValueError(f"unknown schedule {name!r}: use constant or cosine")
 
 
-def make_optimizer(learning_rate: optax.ScalarOrSchedule, freeze_encoder: bool) -> optax.GradientTransformation:
+def make_optimizer(
+    learning_rate: optax.ScalarOrSchedule, freeze_encoder: bool, b2: float = 0.999
+) -> optax.GradientTransformation:
     """Adam on what trains; an update of exactly zero, and no optimizer memory, for what is frozen.
 
     Args:
       learning_rate: Adam's step size, or a schedule of the stage's step.
       freeze_encoder: whether the encoder's parameters stay as they are.
+      b2: the decay of Adam's mean of squared gradients, in [0, 1).
 
     Returns:
       The transformation; its state's structure depends on `freeze_encoder`, so each stage needs its own `init`.
     """
-    transforms = {"train": optax.adam(learning_rate), "frozen": optax.set_to_zero()}
+    transforms = {"train": optax.adam(learning_rate, b2=b2), "frozen": optax.set_to_zero()}
     return optax.multi_transform(transforms, lambda params: parameter_labels(params, freeze_encoder))

@@ -69,7 +69,7 @@ class Example(NamedTuple):
     mean_iou: float | None = None
 
 
-def plot_training(history: Sequence[StageHistory], directory: pathlib.Path) -> list[pathlib.Path]:
+def plot_training(history: Sequence[StageHistory], directory: pathlib.Path, first: int = 1) -> list[pathlib.Path]:
     """Draws a figure per stage: training loss per iteration beside validation mIoU per epoch.
 
     All stages share the vertical axes, so that the figures can be read side by side; the loss axis is logarithmic if
@@ -78,6 +78,7 @@ def plot_training(history: Sequence[StageHistory], directory: pathlib.Path) -> l
     Args:
       history: the stages in order.
       directory: an existing folder; receives training_stage_1.png, training_stage_2.png, ...
+      first: the first stage's number in the files' names.
 
     Returns:
       The files written.
@@ -88,7 +89,7 @@ def plot_training(history: Sequence[StageHistory], directory: pathlib.Path) -> l
     loss_limits = _loss_limits(losses, log_scale)
     mean_iou_limits = _mean_iou_limits(np.concatenate([np.zeros(0), *(stage.mean_ious for stage in history)]))
     paths, best_before = [], None
-    for index, stage in enumerate(history, start=1):
+    for index, stage in enumerate(history, start=first):
         figure = _figure(PAGE_WIDTH, 2.75)
         _text(figure, 0.09, 0.955, stage.name, TITLE_SIZE, weight="bold", va="top")
         _plot_loss(_panel(figure, (0.09, 0.16, 0.385, 0.63)), stage, loss_limits, log_scale)

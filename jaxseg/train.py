@@ -49,9 +49,9 @@ class Stage:
     Attributes:
       name: for people, such as 'stage 1: encoder frozen'.
       epochs: passes over the training split.
-      learning_rate: Adam's step size, or its first value under a schedule.
+      learning_rate: Adam's step size, or its highest value under a schedule.
       freeze_encoder: neither the encoder's parameters nor its batch statistics move.
-      schedule: 'constant', or 'cosine': from the learning rate down to 0 over the stage.
+      schedule: 'constant' or 'cosine'; see `jaxseg.optimizer.make_schedule`.
     """
 
     name: str

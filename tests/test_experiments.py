@@ -2,9 +2,11 @@
 
 import csv
 import json
+import logging
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,6 +49,45 @@ def fails(capsys, argv):
     return lines[0]
 
 
+@pytest.fixture
+def compiled(caplog):
+    """The names of the programs that jax compiles, as they come."""
+    names = []
+
+    class Names(logging.Handler):
+        def emit(self, record):
+            if "Finished XLA compilation of" in record.getMessage():
+                names.append(record.getMessage())
+
+    handler, logger = Names(), logging.getLogger("jax")
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield names
+    logger.removeHandler(handler)
+
+
+def test_a_run_compiles_each_step_once(folder, tmp_path, compiled):
+    options = [
+        "--epochs",
+        "2",
+        "2",
+        "--learning-rate",
+        "1e-3",
+        "3e-4",
+        "--schedule",
+        "cosine",
+        "--decoder-init",
+        "prior",
+    ]
+    assert baseline.main([*arguments(folder, tmp_path / "run"), *options]) == 0
+    # The training step for each stage; the evaluation for val and for test, whose labels' sizes differ here.
+    assert [sum(step in name for name in compiled) for step in ("train_step", "eval_step", "predict_step")] == [2, 2, 1]
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    rates = [float(row["learning_rate"]) for row in rows if row["kind"] == "step" and row["stage"] == "2"]
+    # The one step that leads up, then the start of the cosine, of two steps in all.
+    np.testing.assert_allclose(rates, [3e-4, 3e-4], rtol=1e-6)
+
+
 def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys):
     workdir = tmp_path / "runs" / "one"
     assert baseline.main(arguments(folder, workdir)) == 0
@@ -81,6 +122,14 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys):
     assert "is not empty" in fails(capsys, arguments(folder, workdir))
 
 
+def test_a_stage_without_epochs_is_left_out_and_said_so(folder, tmp_path, capsys):
+    assert baseline.main([*arguments(folder, tmp_path / "run"), "--epochs", "0", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "stage 1: left out (0 epochs)" in out and "stage 2 added" not in out
+    figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+    assert "training_stage_2.png" in figures and "training_stage_1.png" not in figures
+
+
 def test_a_missing_folder_is_named(tmp_path, capsys):
     assert str(tmp_path / "nowhere") in fails(capsys, arguments(tmp_path / "nowhere", tmp_path / "run"))
 
@@ -111,6 +160,7 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, capsys):
         (["--num-classes", "5"], "--num-classes is for folders"),
         (["--dataset", "folder:x", "--weights", "none", "--num-classes", "1"], "--num-classes"),
         (["--seed", "-1"], "--seed"),
+        (["--adam-b2", "1"], "--adam-b2"),
         (["--seed", str(2**31)], "--seed"),
         (["--workdir", __file__], "is a file"),
     ],

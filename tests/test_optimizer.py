@@ -39,11 +39,12 @@ def test_frozen_parameters_do_not_move_and_take_no_memory(freeze):
     assert moments == 2 * (4 if freeze else 4 + 6 + 3)
 
 
-def test_steps_equal_pytorchs_adam():
+@pytest.mark.parametrize("b2", [0.999, 0.9])
+def test_steps_equal_pytorchs_adam(b2):
     torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
     theirs = torch.nn.Parameter(torch.ones(4))
-    adam = torch.optim.Adam([theirs], 1e-2)
-    tx = make_optimizer(1e-2, True)
+    adam = torch.optim.Adam([theirs], 1e-2, betas=(0.9, b2))
+    tx = make_optimizer(1e-2, True, b2)
     params, state = PARAMS, tx.init(PARAMS)
     for step in range(5):
         gradient = np.random.default_rng(step).normal(size=4).astype(np.float32)
@@ -57,7 +58,11 @@ def test_steps_equal_pytorchs_adam():
 
 def test_schedules():
     assert make_schedule("constant", 0.5, 10)(7) == 0.5
-    cosine = make_schedule("cosine", 0.5, 10)
-    np.testing.assert_allclose([cosine(0), cosine(5), cosine(10)], [0.5, 0.25, 0], atol=1e-7)
+    # 2 of 42 steps lead up, 40 down: half of the height is reached half-way down.
+    cosine = make_schedule("cosine", 0.5, 42)
+    rates = [cosine(step) for step in (0, 1, 2, 12, 22, 42)]
+    np.testing.assert_allclose(rates, [0.25, 0.375, 0.5, 0.25 + 0.25 * 0.5**0.5, 0.25, 0], atol=1e-7)
+    assert np.all(np.diff([cosine(step) for step in range(2, 43)]) < 0)
+    assert make_schedule("cosine", 0.5, 1)(0) == 0.5
     with pytest.raises(ValueError, match="constant or cosine"):
         make_schedule("warm", 0.5, 10)

@@ -1,6 +1,5 @@
 """The figures: what they show can be computed by hand or read back from the pixels."""
 
-import ast
 import pathlib
 import subprocess
 import sys
@@ -363,12 +362,3 @@ assert settings() == before, "the style leaked"
     root = pathlib.Path(plots.__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert result.returncode == 0, result.stderr
-
-
-def test_matplotlib_is_used_in_one_module_only():
-    for path in sorted(pathlib.Path(plots.__file__).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            used = any(module.split(".")[0] == "matplotlib" for module in modules)
-            assert not used or path.name == "plots.py", f"{path} imports matplotlib"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxseg.pretrained import convert_resnet, load_encoder, read_torch
+from jaxseg.resnet import ResNet
 
 NEEDS_TORCH = "needs torch==2.13.0 (CPU build)"
 
@@ -508,9 +509,8 @@ def test_the_shared_weights_equal_what_torch_loads(shared):
 
 
 def test_the_shared_weights_fill_the_encoder(shared):
-    resnet = pytest.importorskip("jaxseg.resnet")
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    variables = jax.eval_shape(resnet.ResNet().init, jax.random.key(0), image)
+    variables = jax.eval_shape(ResNet().init, jax.random.key(0), image)
     path = shared / "weights" / "resnet18-9f26ff83.pth"
     got, tensors = load_encoder(path, variables), read_torch(path)
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, variables)

@@ -39,7 +39,7 @@ IGNORE_LABEL = 255
 FREQUENCIES = np.array([0.18, 0.14, 0.10, 0.14, 0.11, 0.12, 0.12, 0.09])
 # The hue each kind leans to, in turns from red through green and blue, and how often it follows it.
 _HUES = (0.62, 0.0, 0.88, 0.06, 0.36, 0.14, 0.5, 0.75)
-_HUE_TENDENCY = 0.7
+_HUE_TENDENCY = 0.9
 SPLITS = ("train", "val", "test")
 # A scene is painted this many times larger in each direction, then averaged.
 _OVERSAMPLING = 2
@@ -55,7 +55,7 @@ def _draw_palette(rng: np.random.Generator, kind: int | None = None) -> np.ndarr
         kind = rng.choice(len(_HUES), p=FREQUENCIES)
     hue = rng.normal(_HUES[kind], 0.06) if rng.uniform() < _HUE_TENDENCY else rng.uniform()
     hues = hue + rng.choice([0.0, 0.5, 0.35]) * np.array([0, 1, 0.5]) + rng.normal(0, 0.03, 3)
-    saturation = rng.uniform(0.15, 0.65, 3)
+    saturation = rng.uniform(0.35, 0.8, 3)
     value = np.array([rng.uniform(0.8, 1.0), rng.uniform(0.15, 0.4), rng.uniform(0.4, 0.8)])
     # HSV to RGB: each channel is a clipped triangle wave of the hue.
     wave = np.clip(np.abs((hues[:, None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1, 0, 1)
@@ -449,10 +449,11 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """The scenes as a TFDS data set named `shapes`, in array_record files; needs no TensorFlow."""
 
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("2.1.0")
     RELEASE_NOTES: typing.ClassVar = {
         "1.0.0": "First scenes: eight kinds of object.",
         "2.0.0": "Larger objects with bolder patterns, softer backgrounds, kinds that lean towards a hue.",
+        "2.1.0": "Stronger colours; kinds follow their hue more often.",
     }
     BUILDER_CONFIGS: typing.ClassVar = [ShapesConfig()]
 

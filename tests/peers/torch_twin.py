@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         batches = iter(loader.train_batches(splits["train"], seed=2 * settings.seed + number, **sizes))
         parameters = model.decoder.parameters() if stage.freeze_encoder else model.parameters()
         # LambdaLR multiplies the optimizer's own rate, which is therefore 1.
-        adam = torch.optim.Adam(parameters, 1.0)
+        adam = torch.optim.Adam(parameters, 1.0, betas=(0.9, settings.adam_b2))
         rate = optimizer.make_schedule(stage.schedule, stage.learning_rate, stage.epochs * steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step, rate=rate: float(rate(step)))
         for epoch in range(1, stage.epochs + 1):
