@@ -113,7 +113,8 @@ def test_colour_alone_does_not_solve_the_scenes(scenes):
     pixels = [(images[part][valid[part]], labels[part][valid[part]]) for part in (slice(150), slice(150, None))]
     train, validation = (tuple(array[::30] for array in part) for part in pixels)
     for weight in (None, "balanced"):
-        assert metrics.mean_iou(colour_classifier.classify(train, validation, weight, iterations=10)) < 0.2
+        # At least 0.30 below the 0.60 that the default command has to reach.
+        assert metrics.mean_iou(colour_classifier.classify(train, validation, weight, iterations=10)) < 0.3
 
 
 # --- The data set -----------------------------------------------------------------------------------------------------
