@@ -36,9 +36,10 @@ class BaselineDecoder(nn.Module):
 def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
     """Lets a decoder without biases and batch norm start where it need not learn what all pixels have in common.
 
-    Otherwise it learns the classes' frequencies first, through all its layers at once: after some ten updates its last
-    channels are nearly multiples of each other, and stay so for long. Here the head's bias knows the frequencies, and
-    the transposed convolutions' kernels are centred, so that a constant added to all of their inputs changes nothing.
+    Otherwise it learns the classes' frequencies first, through all its layers at once: within a hundred updates its
+    last channels are nearly multiples of each other, and stay so for long. Here the head's bias knows the frequencies,
+    and the transposed convolutions' kernels are centred: a constant added to all of their inputs changes nothing,
+    except at the borders.
 
     Args:
       params: the parameters of `BaselineDecoder`.

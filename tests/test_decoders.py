@@ -49,7 +49,9 @@ def test_the_variance_survives_the_layers():
     for layer in range(1, 6):
         y = conv_transpose(x, params[f"conv_transpose{layer}"]["kernel"])
         inner = y[:, 2:-2, 2:-2]
-        assert 0.5 < float((inner**2).mean() / (2 * (x**2).mean())) < 2, layer
+        ratio = float((inner**2).mean() / (2 * (x**2).mean()))
+        # Deeper inputs are correlated; the first layer's are the normal ones that the scale was computed for.
+        assert (0.9 < ratio < 1.1) if layer == 1 else (0.5 < ratio < 2), (layer, ratio)
         x = nn.relu(y)[:, :16, :16]
 
 
