@@ -2,10 +2,16 @@
 
 import os
 import pathlib
+import shutil
+import tempfile
 
-# Both must be set before jax is first imported.
+# All must be set before jax is first imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one test compiled, the others and their subprocesses need not compile again; the workers inherit the folder.
+COMPILED = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxseg-tests-")
 
 import pytest
 
@@ -19,6 +25,12 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"needs the folder {path} with CamVid and the ResNet-18 weights")
     return path
+
+
+def pytest_unconfigure() -> None:
+    """Removes the compiled code, in the process that made its folder."""
+    if COMPILED is not None:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

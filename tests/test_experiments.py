@@ -1,10 +1,12 @@
 """The commands, as a user types them: what they write, and what they say about a mistake."""
 
+import collections
 import csv
 import json
 import subprocess
 import sys
 
+import jax.monitoring
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,13 +20,13 @@ def folder(tmp_path):
     """A data set of small pictures whose two classes differ in brightness; sizes are mixed."""
     root = tmp_path / "data set"
     rng = np.random.default_rng(0)
-    for split, number in (("train", 4), ("val", 3), ("test", 1)):
+    for split, number in (("train", 8), ("val", 3), ("test", 1)):
         for part in ("img", "seg"):
             (root / split / part).mkdir(parents=True)
         for index in range(number):
-            height, width = 32 + 8 * index, 48
+            height, width = 32 + 8 * (index % 4), 48
             label = np.zeros((height, width), np.uint8)
-            label[:, : 16 + 4 * index] = 1
+            label[:, : 16 + 2 * index] = 1
             label[:2] = 255
             image = 60 + 120 * (label[..., None] == 1) + rng.integers(0, 40, (height, width, 3))
             Image.fromarray(image.astype(np.uint8)).save(root / split / "img" / f"{index}.jpg")
@@ -35,7 +37,8 @@ def folder(tmp_path):
 
 def arguments(folder, workdir, *more):
     options = ["--dataset", f"folder:{folder}", "--weights", "none", "--image-size", "32", "32", "--batch-size", "4"]
-    return [*options, "--epochs", "1", "1", "--workdir", str(workdir), *more]
+    options += ["--learning-rate", "1e-3", "3e-4", "--schedule", "cosine", "--decoder-init", "prior"]
+    return [*options, "--epochs", "2", "2", "--workdir", str(workdir), *more]
 
 
 def fails(capsys, argv):
@@ -47,10 +50,26 @@ def fails(capsys, argv):
     return lines[0]
 
 
-def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys):
+@pytest.fixture
+def compiled():
+    """How often each function has been compiled since the test began, by XLA's name for it."""
+    counts = collections.Counter()
+
+    def count(event, _, fun_name="", **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts[fun_name] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys, compiled):
     workdir = tmp_path / "runs" / "one"
-    options = ["--learning-rate", "1e-3", "3e-4", "--schedule", "cosine", "--decoder-init", "prior"]
-    assert baseline.main(arguments(folder, workdir, *options)) == 0
+    assert baseline.main(arguments(folder, workdir)) == 0
+    # pmap calls every function `_fun`: a training step for each stage, one evaluation for each split (their labels
+    # differ in size), the prediction of the pictures; and none of them twice, though each stage has two epochs.
+    assert compiled["jit(_fun)"] == 5
     out = capsys.readouterr().out
     assert "stage 1: encoder frozen: trains decoder (" in out and "keeps encoder (11,176,512 parameters)" in out
     assert (
@@ -70,15 +89,15 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys):
     labelled = sum((np.array(Image.open(path)) != 255).sum() for path in (folder / "val" / "seg").iterdir())
     assert np.sum(results["val"]["confusion"]) == labelled
     rows = list(csv.DictReader((workdir / "metrics.csv").read_text().splitlines()))
-    assert [(row["kind"], row["stage"]) for row in rows] == [
-        ("step", "1"),
-        ("epoch", "1"),
-        ("step", "2"),
-        ("epoch", "2"),
+    places = [(row["kind"], row["stage"], row["epoch"], row["step"]) for row in rows]
+    assert places == [
+        (kind, stage, epoch, str(step))
+        for stage, epoch, last in (("1", "1", 2), ("1", "2", 4), ("2", "1", 6), ("2", "2", 8))
+        for kind, step in (("step", last - 1), ("step", last), ("epoch", last))
     ]
-    # The only step of a stage is the one that leads up to the highest rate.
+    # Of a stage's four steps the first leads up to the highest rate, the others go down a cosine.
     rates = [float(row["learning_rate"]) for row in rows if row["kind"] == "step"]
-    np.testing.assert_allclose(rates, [1e-3, 3e-4], rtol=1e-6)
+    np.testing.assert_allclose(rates, np.outer([1e-3, 3e-4], [1, 1, 0.75, 0.25]).ravel(), rtol=1e-6)
     assert max(float(row["mean_iou"]) for row in rows if row["kind"] == "epoch") == results["val"]["mean_iou"]
     assert json.loads((workdir / "config.json").read_text())["names"] == ["dark", "bright"]
     # A second run does not write over the first.
@@ -86,7 +105,7 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys):
 
 
 def test_a_stage_without_epochs_is_left_out_and_said_so(folder, tmp_path, capsys):
-    assert baseline.main([*arguments(folder, tmp_path / "run"), "--epochs", "0", "1"]) == 0
+    assert baseline.main([*arguments(folder, tmp_path / "run"), "--epochs", "0", "2"]) == 0
     out = capsys.readouterr().out
     assert "stage 1: left out (0 epochs)" in out and "stage 2 added" not in out
     figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
@@ -137,7 +156,7 @@ def test_a_batch_that_the_devices_do_not_divide(folder, tmp_path, capsys):
 
 
 def test_a_batch_larger_than_the_split(folder, tmp_path, capsys):
-    assert "--batch-size 4" in fails(capsys, [*arguments(folder, tmp_path / "run"), "--batch-size", "8"])
+    assert "--batch-size 8" in fails(capsys, [*arguments(folder, tmp_path / "run"), "--batch-size", "16"])
 
 
 def test_what_is_not_given_comes_from_the_recipe_of_the_data_set():
