@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import math
 import pathlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -29,6 +29,10 @@ RECIPES = {
     # The report's image size; it does not give its epochs and learning rates: these are ours.
     "folder": Recipe((352, 448), 8, (10, 15), (1e-3, 3e-4), "constant", 0.999, "he"),
 }
+
+
+# The options that change no number: a run may go on with others.
+_FREE = {"data_dir", "workdir", "save_minutes", "debug_nans"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,12 @@ class Settings:
     seed: int = 0
     """Seeds the initial parameters and the order of the images."""
     workdir: pathlib.Path | None = None
-    """Folder for everything that the run writes; a fresh one under runs/ if it is not given."""
+    """Folder for everything that the run writes; a fresh one under runs/ if it is not given. A run that was stopped
+    goes on when it is given the same folder and options again."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints within an epoch; there is one after each epoch, and on Ctrl-C and SIGTERM."""
+    debug_nans: bool = False
+    """Stop at the operation that first gives a number that is not one; slower."""
 
 
 def parse(name: str, description: str, argv: list[str] | None = None) -> Settings:
@@ -111,6 +120,25 @@ def complete(settings: Settings, name: str) -> Settings:
     return settings
 
 
+def to_json(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON gives them back: paths as str, tuples as lists."""
+    values = dataclasses.asdict(settings)
+    kinds = {pathlib.Path: str, tuple: list}
+    return {
+        name: next((make(value) for kind, make in kinds.items() if isinstance(value, kind)), value)
+        for name, value in values.items()
+    }
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """The options in which two `to_json` differ and by which their runs would: "--seed 1 there, 0 here"."""
+    return [
+        f"--{name.replace('_', '-')} {there.get(name)} there, {here.get(name)} here"
+        for name in sorted((there.keys() | here.keys()) - _FREE)
+        if there.get(name) != here.get(name)
+    ]
+
+
 def _slug(dataset: str) -> str:
     kind, _, folder = dataset.partition(":")
     return pathlib.Path(folder).resolve().name if folder else kind
@@ -119,6 +147,7 @@ def _slug(dataset: str) -> str:
 def _check(settings: Settings) -> None:
     positive = [("--image-size", value) for value in settings.image_size]
     positive += [("--learning-rate", value) for value in settings.learning_rate]
+    positive.append(("--save-minutes", settings.save_minutes))
     for option, value in [*positive, ("--batch-size", settings.batch_size)]:
         if not 0 < value < math.inf:
             raise ValueError(f"{option} must be above 0 and finite, not {value}")

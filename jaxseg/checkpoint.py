@@ -1,6 +1,7 @@
-"""Orbax: the best and the last checkpoint of a run."""
+"""Orbax: the best and the last checkpoints of a run, each checked against its checksums when it is read."""
 
 import pathlib
+import zlib
 from typing import Any
 
 import jax
@@ -12,56 +13,71 @@ BEST, LAST = "best", "last"
 
 
 def open_checkpoints(directory: pathlib.Path) -> ocp.CheckpointManager:
-    """Opens, or makes, a folder that keeps two checkpoints: the best by validation mean IoU, and the last.
+    """Opens, or makes, a folder that keeps the best checkpoint by validation mean IoU, the last, and the one before it.
 
     Args:
-      directory: made if it is missing.
+      directory: made if it is missing; what an interrupted save left in it is removed.
     """
 
     def best_fn(metrics: dict[str, float]) -> float:
         return metrics["mean_iou"]
 
     # `max_to_keep` with `best_fn` would delete the last one.
-    policies = [preservation_policy.LatestN(1), preservation_policy.BestN(n=1, get_metric_fn=best_fn)]
+    best = preservation_policy.BestN(n=1, get_metric_fn=best_fn, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         best_fn=best_fn,
-        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best]),
         cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(directory.resolve(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: Any, mean_iou: float, meta: dict[str, Any]) -> None:
-    """Saves a state under its step, in the background.
+def save(manager: ocp.CheckpointManager, state: Any, mean_iou: float | None, meta: dict[str, Any]) -> None:
+    """Saves a state in the background, under the number after the last checkpoint's.
 
     Args:
       manager: from `open_checkpoints`.
       state: a `TrainState`; copied before this returns, so that its buffers may be donated.
-      mean_iou: on the validation split; by it the best checkpoint is known.
-      meta: what is needed to use the model later (class names, settings, stage, epoch), as JSON.
+      mean_iou: on the validation split, by which the best checkpoint is known; None in the middle of an epoch.
+      meta: what is needed to use the model later or to go on from here, as JSON.
 
     Raises:
-      ValueError: the folder has a checkpoint of this step already.
+      FloatingPointError: the state has a number that is not finite; the checkpoints before it are kept.
+      OSError: this one, or the one before, cannot be written.
     """
     # np.array copies where np.asarray would show the device's own buffer, which the next step overwrites.
     host = jax.tree.map(np.array, state)
+    model = {"params": host.params, "batch_stats": host.batch_stats}
+    train = {"step": host.step, "opt_state": host.opt_state}
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host)):
+        raise FloatingPointError(f"the parameters are not finite after step {int(host.step)}")
+    checksums = {"model": _checksum(model), "train": _checksum(train)}
     items = ocp.args.Composite(
-        model=ocp.args.StandardSave({"params": host.params, "batch_stats": host.batch_stats}),
-        train=ocp.args.StandardSave({"step": host.step, "opt_state": host.opt_state}),
-        meta=ocp.args.JsonSave(meta),
+        model=ocp.args.StandardSave(model),
+        train=ocp.args.StandardSave(train),
+        meta=ocp.args.JsonSave({**meta, "checksums": checksums}),
     )
-    if not manager.save(int(host.step), args=items, metrics={"mean_iou": mean_iou}):
-        raise ValueError(
-            f"{manager.directory} already has a checkpoint of step {int(host.step)}: use another --workdir"
-        )
+    number = max(manager.all_steps(), default=0) + 1
+    try:
+        manager.save(number, args=items, metrics=None if mean_iou is None else {"mean_iou": mean_iou})
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unwritable(manager, error) from error
 
 
-def restore_model(manager: ocp.CheckpointManager, which: str, template: Any) -> tuple[Any, dict[str, Any]]:
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Returns when the last checkpoint is complete on the disk; raises OSError as `save` does."""
+    try:
+        manager.wait_until_finished()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unwritable(manager, error) from error
+
+
+def restore_model(manager: ocp.CheckpointManager, which: str | int, template: Any) -> tuple[Any, dict[str, Any]]:
     """Reads the model, and not the optimizer.
 
     Args:
       manager: from `open_checkpoints`.
-      which: `BEST` or `LAST`.
+      which: `BEST`, `LAST` or a checkpoint's number.
       template: {'params', 'batch_stats'}, arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
@@ -69,12 +85,78 @@ def restore_model(manager: ocp.CheckpointManager, which: str, template: Any) -> 
 
     Raises:
       FileNotFoundError: there is no checkpoint.
+      ValueError: it is damaged, or does not fit the template.
     """
-    manager.wait_until_finished()
-    step = manager.latest_step() if which == LAST else manager.best_step()
-    if step is None:
-        raise FileNotFoundError(f"no checkpoint in {manager.directory}")
-    template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
-    items = ocp.args.Composite(model=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=items)
+    restored = _restore(manager, _number(manager, which), {"model": template})
     return restored["model"], restored["meta"]
+
+
+def restore_state(manager: ocp.CheckpointManager, which: str | int, template: Any) -> Any:
+    """Reads a whole state, a `TrainState` of numpy arrays; arguments and errors as `restore_model`'s.
+
+    Args:
+      manager: from `open_checkpoints`.
+      which: `BEST`, `LAST` or a checkpoint's number.
+      template: a `TrainState` with the optimizer of the checkpoint's stage.
+    """
+    model = {"params": template.params, "batch_stats": template.batch_stats}
+    train = {"step": template.step, "opt_state": template.opt_state}
+    restored = _restore(manager, _number(manager, which), {"model": model, "train": train})
+    return template.replace(**restored["model"], **restored["train"])
+
+
+def read_meta(manager: ocp.CheckpointManager, which: str | int) -> dict[str, Any]:
+    """Reads what was saved as `meta`; raises as `restore_model` does."""
+    return _restore(manager, _number(manager, which), {})["meta"]
+
+
+def set_aside(manager: ocp.CheckpointManager, number: int) -> pathlib.Path:
+    """Renames a damaged checkpoint, so that it is no longer one, and returns its new path."""
+    path = manager.directory / str(number)
+    aside = path.with_name(f"damaged-{number}")
+    pathlib.Path(path).rename(aside)
+    manager.reload()
+    return pathlib.Path(aside)
+
+
+def _number(manager: ocp.CheckpointManager, which: str | int) -> int:
+    wait(manager)
+    number = {BEST: manager.best_step, LAST: manager.latest_step}[which]() if isinstance(which, str) else which
+    if number is None:
+        raise FileNotFoundError(f"no checkpoint in {manager.directory}")
+    return number
+
+
+def _restore(manager: ocp.CheckpointManager, number: int, templates: dict[str, Any]) -> Any:
+    """Reads the items of `templates`, and 'meta'; compares them with their checksums: Orbax itself has none."""
+    templates = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), templates)
+    items = {name: ocp.args.StandardRestore(template) for name, template in templates.items()}
+    damaged = f"the checkpoint {manager.directory / str(number)} is damaged, or of another model"
+    try:
+        restored = manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
+        checksums = restored["meta"]["checksums"]
+        wrong = [name for name in templates if _checksum(restored[name]) != checksums[name]]
+    except Exception as error:  # A damaged checkpoint can raise almost anything.
+        raise ValueError(f"{damaged} ({_first_line(error)})") from error
+    if wrong:
+        raise ValueError(f"{damaged} (the checksum of its {' and '.join(wrong)} is wrong)")
+    return restored
+
+
+def _checksum(tree: Any) -> str:
+    """CRC-32 over the names, types, shapes and numbers of all leaves: against accidents, not against malice."""
+    value = 0
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    for path, leaf in sorted(leaves.items()):
+        array = np.ascontiguousarray(leaf)
+        value = zlib.crc32(f"{path} {array.dtype} {array.shape}".encode(), value)
+        value = zlib.crc32(array.reshape(-1).view(np.uint8), value)
+    return f"{value:08x}"
+
+
+def _unwritable(manager: ocp.CheckpointManager, error: Exception) -> OSError:
+    return OSError(f"a checkpoint cannot be written to {manager.directory} ({_first_line(error)})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,6 +1,8 @@
 """What a run writes down while it trains: metrics.csv and TensorBoard events."""
 
 import csv
+import itertools
+import os
 import pathlib
 
 import numpy as np
@@ -18,14 +20,29 @@ class MetricsLog:
     Args:
       workdir: an existing folder.
       num_classes: how many columns `iou_0`, `iou_1`, ... there are.
+      rows: how many rows to keep of a run that goes on; those after them are dropped.
+      step: the updates that those rows tell of.
+
+    Raises:
+      ValueError: there are fewer rows.
+
+    Attributes:
+      rows: how many rows there are.
     """
 
-    def __init__(self, workdir: pathlib.Path, num_classes: int):
-        self._file = open(workdir / "metrics.csv", "w", newline="")  # noqa: SIM115 (closed by __exit__)
+    def __init__(self, workdir: pathlib.Path, num_classes: int, rows: int = 0, step: int = 0):
         columns = [*COLUMNS, *(f"iou_{index}" for index in range(num_classes))]
+        path = workdir / "metrics.csv"
+        kept = _first_lines(path, 1 + rows) if rows else [",".join(columns) + "\r\n"]
+        # Written beside it and then renamed: no moment is without the rows.
+        new = path.with_suffix(".csv.tmp")
+        new.write_text("".join(kept), newline="")
+        new.replace(path)
+        self.rows = rows
+        self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
         self._rows = csv.DictWriter(self._file, columns, restval="")
-        self._rows.writeheader()
-        self._events = SummaryWriter(str(workdir / "events"))
+        # TensorBoard is told to forget what an earlier process wrote after this step.
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> "MetricsLog":
         """Opens nothing more: the files are open since the start."""
@@ -39,21 +56,40 @@ class MetricsLog:
     def step(self, stage: int, epoch: int, step: int, loss: float, learning_rate: float) -> None:
         """Writes one update: its stage and epoch from 1, its global number, its loss in nats."""
         row = {"loss": loss, "learning_rate": learning_rate}
-        self._rows.writerow({"kind": "step", "stage": stage, "epoch": epoch, "step": step, **row})
+        self._write({"kind": "step", "stage": stage, "epoch": epoch, "step": step, **row})
         self._events.add_scalar("train/loss", loss, step)
         self._events.add_scalar("train/learning_rate", learning_rate, step)
 
     def epoch(
         self, stage: int, epoch: int, step: int, loss: float, mean_iou: float, iou: np.ndarray, seconds: float
     ) -> None:
-        """Writes one validated epoch, `iou` (C,) with NaN for absent classes; the file on disk is then complete."""
+        """Writes one validated epoch, `iou` (C,) with NaN for absent classes."""
         row = {"loss": loss, "mean_iou": mean_iou, "seconds": round(seconds, 3)}
         row |= {f"iou_{index}": value for index, value in enumerate(iou.tolist()) if np.isfinite(value)}
-        self._rows.writerow({"kind": "epoch", "stage": stage, "epoch": epoch, "step": step, **row})
-        self._file.flush()
+        self._write({"kind": "epoch", "stage": stage, "epoch": epoch, "step": step, **row})
         self._events.add_scalar("validation/mean_iou", mean_iou, step)
         self._events.add_scalar("train/epoch_loss", loss, step)
+
+    def flush(self) -> None:
+        """Returns when all rows are on the disk; called before each checkpoint, which counts on them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._events.flush()
+
+    def _write(self, row: dict[str, object]) -> None:
+        self._rows.writerow(row)
+        self.rows += 1
+
+
+def _first_lines(path: pathlib.Path, number: int) -> list[str]:
+    """Reads so many whole lines; raises ValueError if there are fewer."""
+    lines = []
+    if path.is_file():
+        with open(path, newline="") as file:
+            lines = [line for line in itertools.islice(file, number) if line.endswith("\n")]
+    if len(lines) < number:
+        raise ValueError(f"{path}: the checkpoint counts on {number} lines, and there are {len(lines)}: put them back")
+    return lines
 
 
 def read_metrics(workdir: pathlib.Path, kind: str, stage: int) -> dict[str, np.ndarray]:

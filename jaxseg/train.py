@@ -81,6 +81,23 @@ class EpochDone:
     state: TrainState
 
 
+@dataclasses.dataclass(frozen=True)
+class Halfway:
+    """The state (then donated) after `updates` updates of an epoch that is not validated yet, as it was asked for."""
+
+    epoch: int
+    updates: int
+    state: TrainState
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss is not a number, or infinite: at which global step, and the batch's places in the training split."""
+
+    def __init__(self, loss: float, step: int, index: np.ndarray | None):
+        super().__init__(f"the loss is {loss} at step {step}")
+        self.step, self.index = step, index
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -228,9 +245,11 @@ def run_stage(
     stage: Stage,
     train_batches: Iterable[Batch],
     steps_per_epoch: int,
-    evaluate: Callable[[Any], np.ndarray],
+    evaluate: Callable[[Any], np.ndarray | None],
     devices: Sequence[jax.Device],
-) -> Iterator[StepDone | EpochDone]:
+    start: tuple[int, int] = (1, 0),
+    wants_state: Callable[[], bool] = lambda: False,
+) -> Iterator[StepDone | EpochDone | Halfway]:
     """Trains for a stage, telling each update (`LAG` updates late) and each validated epoch as they come.
 
     Args:
@@ -238,40 +257,65 @@ def run_stage(
       tx: the stage's optimizer.
       state: the state to start from; its buffers are donated.
       stage: the stage.
-      train_batches: host batches, at least `stage.epochs * steps_per_epoch` of them.
+      train_batches: host batches, those of the updates that are still to be made.
       steps_per_epoch: updates in an epoch.
-      evaluate: {'params', 'batch_stats'} -> (C, C) int64 confusion matrix of the validation split.
+      evaluate: {'params', 'batch_stats'} -> (C, C) int64 confusion matrix of the validation split, or None if it broke
+        off.
       devices: the local devices.
+      start: the epoch, from 1, and the number of its updates that are made already.
+      wants_state: asked before each update but an epoch's first; where it says True, `Halfway` is told.
 
     Yields:
-      `StepDone` for each update and `EpochDone` after each epoch.
+      `StepDone` for each update, `EpochDone` after each epoch and `Halfway` when it was asked for. After a validation
+      that broke off comes `Halfway`, and nothing more.
 
     Raises:
-      FloatingPointError: the loss is not finite.
+      NonFiniteLossError: the loss is not finite.
     """
     step_fn = functools.partial(train_step, model=model, tx=tx, freeze_encoder=stage.freeze_encoder, axis_name=AXIS)
     step_fn = pmap_step(step_fn, devices, donate=True)
-    batches = batches_on_devices(train_batches, devices)
+    # Where the images of the batches under way come from: a loss is known only later.
+    under_way: collections.deque = collections.deque()
+    batches = batches_on_devices(_keep_index(train_batches, under_way), devices)
     step = int(state.step)
-    for epoch in range(1, stage.epochs + 1):
+    first_epoch, first_update = start
+    for epoch in range(first_epoch, stage.epochs + 1):
         pending: collections.deque = collections.deque()
-        for _ in range(steps_per_epoch):
+        for update in range(first_update, steps_per_epoch):
+            if update and wants_state():
+                yield from _late(epoch, pending)
+                yield Halfway(epoch, update, state)
             state, metrics = step_fn(state, next(batches))
             step += 1
-            pending.append((step, metrics))
+            pending.append((step, metrics, under_way.popleft()))
             if len(pending) > LAG:
                 yield _step_done(epoch, *pending.popleft())
+        first_update = 0
         # The evaluation is queued behind the last updates before their losses are waited for.
         confusion = evaluate({"params": state.params, "batch_stats": state.batch_stats})
-        for late in pending:
-            yield _step_done(epoch, *late)
+        yield from _late(epoch, pending)
+        if confusion is None:
+            yield Halfway(epoch, steps_per_epoch, state)
+            return
         yield EpochDone(epoch, step, confusion, mean_iou(confusion), state)
 
 
-def _step_done(epoch: int, step: int, metrics: dict[str, jax.Array]) -> StepDone:
+def _keep_index(batches: Iterable[Batch], under_way: collections.deque) -> Iterator[Batch]:
+    """Passes on what the step needs; the index stays on the host."""
+    for batch in batches:
+        under_way.append(batch.get("index"))
+        yield {name: x for name, x in batch.items() if name != "index"}
+
+
+def _late(epoch: int, pending: collections.deque) -> Iterator[StepDone]:
+    while pending:
+        yield _step_done(epoch, *pending.popleft())
+
+
+def _step_done(epoch: int, step: int, metrics: dict[str, jax.Array], index: np.ndarray | None) -> StepDone:
     loss = float(metrics["loss"])
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at step {step}: lower the learning rate, or look at the data")
+        raise NonFiniteLossError(loss, step, index)
     return StepDone(epoch, step, loss)
 
 

@@ -9,11 +9,10 @@ import tempfile
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What one test compiled, the others and their subprocesses need not compile again; the workers inherit the folder.
-COMPILED = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxseg-tests-")
+COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="jaxseg-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 
-import pytest
+import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -29,7 +28,7 @@ def shared() -> pathlib.Path:
 
 def pytest_unconfigure() -> None:
     """Removes the compiled code, in the process that made its folder."""
-    if COMPILED is not None:
+    if COMPILED:
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 

@@ -4,6 +4,7 @@ import csv
 import struct
 
 import numpy as np
+import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxseg.log import MetricsLog, read_metrics
@@ -32,6 +33,35 @@ def test_read_metrics_separates_stages_and_kinds(tmp_path):
     epochs = read_metrics(tmp_path, "epoch", 1)
     np.testing.assert_array_equal(epochs["mean_iou"], [0.25])
     assert len(read_metrics(tmp_path, "epoch", 2)["step"]) == 0
+
+
+def test_a_run_that_goes_on_drops_the_rows_after_its_checkpoint(tmp_path):
+    write_a_run(tmp_path)
+    whole = (tmp_path / "metrics.csv").read_text()
+    # The checkpoint was written after the epoch: the step after it is made again.
+    with MetricsLog(tmp_path, 3, rows=3, step=2) as log:
+        assert log.rows == 3
+        log.step(2, 1, 3, 0.5, 3e-4)
+        assert log.rows == 4
+    assert (tmp_path / "metrics.csv").read_text() == whole
+    with MetricsLog(tmp_path, 3):
+        pass
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1
+
+
+def test_a_log_that_lost_rows_is_refused(tmp_path):
+    write_a_run(tmp_path)
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="counts on 5 lines"):
+        MetricsLog(tmp_path, 3, rows=4, step=3)
+
+
+def test_flushed_rows_are_on_the_disk(tmp_path):
+    with MetricsLog(tmp_path, 3) as log:
+        log.step(1, 1, 1, 2.5, 1e-3)
+        log.flush()
+        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

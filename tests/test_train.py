@@ -35,7 +35,7 @@ DEVICES = jax.local_devices()
 
 @pytest.fixture(scope="module")
 def variables():
-    return MODEL.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
 
 
 def make_batch(seed, number=8, size=(32, 64), label_size=None):
@@ -119,13 +119,15 @@ def test_stage_one_spends_no_time_on_the_encoders_backward_pass():
     assert frozen < 0.6 * everything
 
 
-def run_stage(
-    variables, freeze, epochs, steps, devices=DEVICES, evaluate=lambda variables: np.eye(NUM_CLASSES, dtype=np.int64)
-):
+def evaluate(_):
+    return np.eye(NUM_CLASSES, dtype=np.int64)
+
+
+def run_stage(variables, freeze, epochs, steps, devices=DEVICES, evaluate=evaluate, **options):
     tx = make_optimizer(1e-2, freeze)
     state = train.start_stage(variables, tx, devices)
     batches = (make_batch(seed) for seed in range(epochs * steps))
-    return train.run_stage(MODEL, tx, state, make_stage(freeze, epochs), batches, steps, evaluate, devices)
+    return train.run_stage(MODEL, tx, state, make_stage(freeze, epochs), batches, steps, evaluate, devices, **options)
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -156,6 +158,53 @@ def test_the_loop_tells_every_step_and_epoch_in_order(variables):
     assert events[-1].mean_iou == 1
 
 
+def equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, tree), jax.tree.map(np.array, other))
+
+
+@pytest.mark.parametrize("made", [1, 5])
+def test_a_state_from_halfway_goes_on_to_the_same_end(variables, made):
+    epochs, steps = 2, 3
+    *_, end = run_stage(variables, False, epochs, steps)
+    for event in run_stage(variables, False, epochs, steps, wants_state=lambda: True):
+        if isinstance(event, train.Halfway) and (event.epoch - 1) * steps + event.updates == made:
+            saved, place = jax.tree.map(np.array, event.state), (event.epoch, event.updates)
+            break
+    assert saved.step == made and place == (1 + made // steps, made % steps)
+    batches = [make_batch(seed) for seed in range(made, epochs * steps)]
+    state = train.replicate(saved, DEVICES)
+    stage, tx = make_stage(False, epochs), make_optimizer(1e-2, False)
+    *_, other = train.run_stage(MODEL, tx, state, stage, batches, steps, evaluate, DEVICES, start=place)
+    assert (other.epoch, other.step) == (epochs, end.step)
+    equal(other.state, end.state)
+
+
+def test_a_validation_that_broke_off_is_made_up_for(variables):
+    *_, end = run_stage(variables, True, 1, 2)
+    *_, halfway = run_stage(variables, True, 1, 2, evaluate=lambda _: None)
+    assert isinstance(halfway, train.Halfway) and (halfway.epoch, halfway.updates) == (1, 2)
+    tx = make_optimizer(1e-2, True)
+    resumed = train.run_stage(MODEL, tx, halfway.state, make_stage(True), [], 2, evaluate, DEVICES, start=(1, 2))
+    (done,) = resumed
+    assert (done.epoch, done.step) == (1, 2)
+    equal(done.state, end.state)
+
+
+def test_a_loss_that_is_not_finite_names_the_images(variables):
+    tx = make_optimizer(1e-2, True)
+    broken = {
+        "params": jax.tree.map(lambda x: x * jnp.nan, variables["params"]),
+        "batch_stats": variables["batch_stats"],
+    }
+    state = train.start_stage(broken, tx, DEVICES)
+    batches = [{**make_batch(seed), "index": np.arange(8) + 8 * seed} for seed in range(6)]
+    events = train.run_stage(MODEL, tx, state, make_stage(True), batches, 6, evaluate, DEVICES)
+    with pytest.raises(train.NonFiniteLossError, match="nan at step 1") as caught:
+        list(events)
+    assert caught.value.step == 1
+    np.testing.assert_array_equal(caught.value.index, np.arange(8))
+
+
 def test_metrics_are_read_late(variables, monkeypatch):
     started, read = [], []
 
@@ -175,12 +224,6 @@ def test_metrics_are_read_late(variables, monkeypatch):
     list(run_stage(variables, False, 1, 6))
     # Each loss but the last ones of the epoch is read after two more steps were started.
     assert [(step, seen - step) for step, seen in read] == [(1, 2), (2, 2), (3, 2), (4, 2), (5, 1), (6, 0)]
-
-
-def test_a_loss_that_is_not_finite_stops_the_stage(variables):
-    broken = jax.tree.map(lambda x: x * np.nan, variables)
-    with pytest.raises(FloatingPointError, match="step 1"):
-        list(run_stage(broken, False, 1, 3))
 
 
 def eval_batch(seed, sizes, canvas, number=8):

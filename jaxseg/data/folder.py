@@ -77,6 +77,10 @@ class FolderSource:
             "name": self.names[index],
         }
 
+    def label(self, index: int) -> np.ndarray:
+        """Decodes one label alone: (H, W) uint8."""
+        return read_label(self.label_paths[index])
+
     def label_sizes(self) -> np.ndarray:
         """(N, 2) int64: the height and width of each label in pixels, from the files' headers."""
         sizes = np.empty((len(self), 2), np.int64)

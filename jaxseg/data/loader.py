@@ -25,6 +25,10 @@ class Source(Protocol):
         """One example: {"image": (H, W, 3) uint8, "label": (H, W) uint8}."""
         ...
 
+    def label(self, index: int) -> np.ndarray:
+        """The label of one example alone, (H, W) uint8."""
+        ...
+
     def label_sizes(self) -> np.ndarray:
         """(N, 2) int: the height and width of every label, in pixels."""
         ...
@@ -84,7 +88,7 @@ def steps_per_epoch(source: Source, batch_size: int) -> int:
 
 
 def train_batches(
-    source: Source, *, image_size: tuple[int, int], batch_size: int, seed: int, num_threads: int = 4
+    source: Source, *, image_size: tuple[int, int], batch_size: int, seed: int, start: int = 0, num_threads: int = 4
 ) -> grain.IterDataset:
     """Endless training batches, shuffled anew in each epoch: a function of the seed, not of the threads.
 
@@ -93,11 +97,12 @@ def train_batches(
       image_size: (height, width) in pixels that images and labels are resized to.
       batch_size: images per batch; those left over at an epoch's end are dropped.
       seed: 0 to 2**32 - 1.
+      start: how many batches to leave out at the beginning, without reading them: those that were trained on already.
       num_threads: batches that are prepared at the same time.
 
     Returns:
       A data set whose iterator gives {"image": (N, H, W, 3) uint8, "label": (N, H, W) uint8, "index": (N,) int32, the
-      items' places in `source`} and has `get_state()` and `set_state(state)`.
+      items' places in `source`}.
 
     Raises:
       ValueError: `source` holds less than one batch, or the seed is out of range.
@@ -116,7 +121,7 @@ def train_batches(
 
     # The seed goes before the shuffle, which needs it, and the batches before the repeat, or they straddle two epochs.
     batches = grain.MapDataset.range(len(source)).seed(seed).shuffle().map(example)
-    return _read_ahead(batches.batch(batch_size, drop_remainder=True).repeat(None), num_threads)
+    return _read_ahead(batches.batch(batch_size, drop_remainder=True).repeat(None)[start:], num_threads)
 
 
 def eval_batches(

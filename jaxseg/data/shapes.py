@@ -531,14 +531,21 @@ class ShapesSource:
         Raises:
           IndexError: `index` is not in [-len, len).
         """
-        index = range(len(self))[index]
-        record = self._records[index]
-        image, label = (np.asarray(Image.open(io.BytesIO(record[key]))) for key in ("image", "label"))
+        record = self._records[range(len(self))[index]]
+        image, label = (_decode(record[key]) for key in ("image", "label"))
         return {"image": image, "label": label, "name": record["name"].decode()}
+
+    def label(self, index: int) -> np.ndarray:
+        """Decodes one label alone: (H, W) uint8."""
+        return _decode(self._records[index]["label"])
 
     def label_sizes(self) -> np.ndarray:
         """The height and width in pixels of each label, (N, 2) int64, without decoding any."""
         return np.tile(np.array(self._size), (len(self), 1))
+
+
+def _decode(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
 
 
 def open_shapes(

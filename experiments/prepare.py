@@ -1,0 +1,105 @@
+"""From settings to everything a run needs, opened and checked before any training."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from experiments.settings import Settings
+from jaxseg import pretrained, train
+from jaxseg.data import folder, loader, shapes
+from jaxseg.data.labels import Labels, default_colours
+from jaxseg.decoders import start_at_prior
+from jaxseg.resnet import ResNet
+from jaxseg.segmenter import Segmenter
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is made of once everything is opened and checked.
+
+    Attributes:
+      settings: complete settings.
+      labels: the class names and colours.
+      splits: 'train', 'val' and perhaps 'test': random-access sources.
+      model: the segmenter.
+      variables: {'params', 'batch_stats'} at the start.
+      stages: those that have epochs, by their number, 1 or 2.
+      devices: the local devices.
+    """
+
+    settings: Settings
+    labels: Labels
+    splits: dict[str, Any]
+    model: nn.Module
+    variables: Any
+    stages: dict[int, train.Stage]
+    devices: tuple[jax.Device, ...]
+
+
+def prepare(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> Run:
+    """Opens the data and the weights and checks that all fits, before any training.
+
+    Raises:
+      ValueError: something does not fit; the message is one line for the user.
+      OSError: a file or folder cannot be read.
+    """
+    devices = tuple(jax.local_devices())
+    if settings.batch_size % len(devices):
+        fitting = -(-settings.batch_size // len(devices)) * len(devices)
+        raise ValueError(
+            f"--batch-size {settings.batch_size} cannot be split over {len(devices)} devices: use {fitting}"
+        )
+    labels, splits = open_data(settings)
+    loader.steps_per_epoch(splits["train"], settings.batch_size)
+    model = Segmenter(ResNet(axis_name=train.AXIS), make_decoder(labels.num_classes))
+    variables = initialise(model, settings)
+    if settings.decoder_init == "prior":
+        counts = count_classes(splits["train"], labels.num_classes)
+        decoder = start_at_prior(variables["params"]["decoder"], counts.sum(0))
+        variables = {**variables, "params": {**variables["params"], "decoder": decoder}}
+        print("decoder: its first guess is the classes' frequencies (--decoder-init prior)")
+    names = ("stage 1: encoder frozen", "stage 2: everything")
+    stages = {
+        index + 1: train.Stage(
+            names[index], settings.epochs[index], settings.learning_rate[index], index == 0, settings.schedule
+        )
+        for index in range(2)
+        if settings.epochs[index]
+    }
+    return Run(settings, labels, splits, model, variables, stages, devices)
+
+
+def open_data(settings: Settings) -> tuple[Labels, dict[str, Any]]:
+    """Opens, prepares or checks the data set that the settings name; raises as `prepare` says."""
+    kind, _, directory = settings.dataset.partition(":")
+    if kind == "shapes":
+        colours = ((0, 0, 0), *default_colours(len(shapes.NAMES) - 1))
+        return Labels(shapes.NAMES, colours), shapes.open_shapes(settings.data_dir)
+    labels, splits = folder.open_folder(pathlib.Path(directory), settings.num_classes)
+    folder.check_folder(splits, labels.num_classes)
+    return labels, splits
+
+
+def initialise(model: nn.Module, settings: Settings) -> Any:
+    """The model's variables: random from the seed, the encoder's replaced by the weights file if there is one."""
+    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
+    variables = jax.jit(model.init)(jax.random.key(settings.seed), image)
+    if settings.weights == "none":
+        print("encoder: random numbers (--weights none)")
+        return variables
+    encoder = {name: tree["encoder"] for name, tree in variables.items()}
+    encoder = pretrained.load_encoder(pathlib.Path(settings.weights), encoder)
+    print(f"encoder: {settings.weights}")
+    return {name: {**tree, "encoder": encoder[name]} if name in encoder else tree for name, tree in variables.items()}
+
+
+def count_classes(source: Any, num_classes: int) -> np.ndarray:
+    """The pixels of each class in each image of a source: (images, num_classes) int64."""
+    labels = (source.label(index) for index in range(len(source)))
+    return np.stack([np.bincount(label.ravel(), minlength=256)[:num_classes] for label in labels])

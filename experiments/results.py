@@ -1,0 +1,106 @@
+"""What comes out of a run: tables, results.json, figures."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.prepare import Run, count_classes
+from jaxseg import metrics, plots, train
+from jaxseg.data import loader
+from jaxseg.data.labels import Labels
+from jaxseg.log import read_metrics
+
+NUM_PICTURES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subset:
+    """Some items of a source, in the given order."""
+
+    source: Any
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source[self.indices[index]]
+
+    def label_sizes(self) -> np.ndarray:
+        return self.source.label_sizes()[self.indices]
+
+
+def print_table(confusion: np.ndarray, labels: Labels) -> None:
+    """Prints the IoU table in the report's form, and the best and the worst class."""
+    print(metrics.iou_table(confusion, labels.names))
+    print(metrics.best_and_worst(confusion, labels.names))
+
+
+def stage_difference(before: np.ndarray, after: np.ndarray, names: tuple[str, ...]) -> str:
+    """One line: what the second stage added to the first, and the classes that gained most and least."""
+    first, second = metrics.mean_iou(before), metrics.mean_iou(after)
+    line = f"stage 2 added {second - first:+.4f} to stage 1's mean_iou ({first:.4f} -> {second:.4f})"
+    gain = metrics.iou_per_class(after) - metrics.iou_per_class(before)
+    if not np.isfinite(gain).any():
+        return line
+    most, least = int(np.nanargmax(gain)), int(np.nanargmin(gain))
+    return f"{line}; most for {names[most]} ({gain[most]:+.3f}), least for {names[least]} ({gain[least]:+.3f})"
+
+
+def write_results(workdir: pathlib.Path, confusions: dict[str, np.ndarray], labels: Labels) -> None:
+    """Writes results.json: for each split mean IoU, IoU per class (null where absent) and the confusion matrix."""
+    results = {
+        split: {
+            "mean_iou": metrics.mean_iou(confusion),
+            "iou": {
+                name: None if np.isnan(value) else value
+                for name, value in zip(labels.names, metrics.iou_per_class(confusion).tolist(), strict=True)
+            },
+            "confusion": confusion.tolist(),
+        }
+        for split, confusion in confusions.items()
+    }
+    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def draw(run: Run, variables: Any, confusion: np.ndarray) -> None:
+    """Draws the figures of a run below `workdir/figures`."""
+    directory = run.settings.workdir / "figures"
+    directory.mkdir(exist_ok=True)
+    history = []
+    for number, stage in run.stages.items():
+        steps, epochs = (read_metrics(run.settings.workdir, kind, number) for kind in ("step", "epoch"))
+        row = (steps["step"], steps["loss"], epochs["epoch"], epochs["mean_iou"])
+        history.append(plots.StageHistory(stage.name, *row))
+    plots.plot_training(history, directory, first=min(run.stages))
+    plots.plot_confusion(confusion, run.labels.names, directory / "confusion.png")
+    source = run.splits["val"]
+    counts = count_classes(source, run.labels.num_classes)
+    chosen = plots.choose_examples(counts, min(NUM_PICTURES, len(source)))
+    predictions = predict(run, variables, _Subset(source, chosen))
+    examples = []
+    for index, prediction in zip(chosen, predictions, strict=True):
+        item = source[index]
+        confusion = metrics.confusion_matrix(item["label"], prediction, run.labels.num_classes)
+        examples.append(
+            plots.Example(item["image"], item["label"], prediction, item["name"], metrics.mean_iou(confusion))
+        )
+    plots.plot_results(examples, run.labels.names, run.labels.colours, directory / "results.png")
+
+
+def predict(run: Run, variables: Any, source: Any) -> list[np.ndarray]:
+    """The class map of each image of a source, (h, w) int32 at its label's size."""
+    step_fn = functools.partial(train.predict_step, model=run.model)
+    step_fn = train.pmap_step(step_fn, run.devices, per_image=True)
+    variables = train.replicate(variables, run.devices)
+    settings, maps = run.settings, []
+    batches = loader.eval_batches(source, image_size=settings.image_size, batch_size=settings.batch_size)
+    for batch in train.batches_on_devices(batches, run.devices):
+        prediction = np.asarray(step_fn(variables, batch))
+        maps.extend(prediction.reshape(-1, *prediction.shape[2:]))
+    sizes = source.label_sizes()
+    return [classes[:height, :width] for classes, (height, width) in zip(maps, sizes, strict=False)]

@@ -1,0 +1,247 @@
+"""Training stage after stage, with all that lets a run that was stopped go on where it was."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from experiments.prepare import Run
+from experiments.results import print_table, stage_difference
+from experiments.stop import Stop
+from jaxseg import checkpoint, metrics, optimizer, train
+from jaxseg.data import loader
+from jaxseg.log import MetricsLog, read_metrics
+
+# How many images a message names.
+_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands: what its checkpoints hold besides the state.
+
+    Attributes:
+      stage: the number of the stage that goes on, 1 or 2.
+      epoch: the epoch of it that goes on, from 1; one more than the stage has when it is over.
+      updates: how many of that epoch's updates are made.
+      seconds: spent on that epoch.
+      rows: in metrics.csv.
+      last: the (C, C) confusion matrix of the last validated epoch, as nested lists, or None.
+      before: that of the last epoch of the stage before, or None.
+    """
+
+    stage: int
+    epoch: int = 1
+    updates: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+    last: list[list[int]] | None = None
+    before: list[list[int]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Where a run writes while it trains.
+
+    Attributes:
+      manager: the checkpoints.
+      log: the metrics.
+      meta: what every checkpoint holds, as JSON.
+      stop: whether the run was asked to stop.
+    """
+
+    manager: Any
+    log: MetricsLog
+    meta: dict[str, Any]
+    stop: Stop
+
+
+def resume(run: Run, manager: Any) -> tuple[train.TrainState, Progress] | None:
+    """Reads the last checkpoint, or the one before it where that is damaged; None if there is none.
+
+    Every checkpoint is read, so that a damaged one is found now and not when the run is over; it is renamed.
+
+    Raises:
+      ValueError: there are checkpoints, and all are damaged.
+    """
+    restored, numbers = None, sorted(manager.all_steps())
+    for number in numbers:
+        try:
+            progress = Progress(**checkpoint.read_meta(manager, number)["progress"])
+            template = train.start_stage(run.variables, _make_optimizer(run, progress.stage)[0], run.devices)
+            restored = checkpoint.restore_state(manager, number, template), progress
+        except ValueError as error:
+            aside = checkpoint.set_aside(manager, number)
+            print(f"warning: {error}; it is now called {aside.name}, and not used", file=sys.stderr)
+    if numbers and restored is None:
+        raise ValueError(f"no checkpoint in {manager.directory} can be read: start anew with another --workdir")
+    return restored
+
+
+def train_stages(
+    run: Run,
+    resumed: tuple[train.TrainState, Progress] | None,
+    evaluate: Callable[[Any], np.ndarray | None],
+    records: Records,
+) -> None:
+    """Trains stage after stage, each from where the last one ended, until the end or until it is asked to stop.
+
+    Args:
+      run: the run.
+      resumed: from `resume`.
+      evaluate: variables -> (C, C) int64 confusion matrix of the validation split, or None if it broke off.
+      records: where to write.
+
+    Raises:
+      FloatingPointError: the loss or a parameter is not finite.
+      OSError: a checkpoint cannot be written.
+    """
+    state, progress = resumed or (None, Progress(min(run.stages)))
+    variables, step = run.variables, 0
+    for number, stage in run.stages.items():
+        if number < progress.stage:
+            continue
+        if number > progress.stage:
+            state, progress = None, Progress(number, rows=progress.rows, before=progress.last)
+        tx, _ = _make_optimizer(run, number)
+        if state is None:
+            state = train.start_stage(variables, tx, run.devices, step)
+        variables, step, progress = train_one_stage(
+            run, tx, train.replicate(state, run.devices), progress, evaluate, records
+        )
+        if records.stop.signal is not None:
+            return
+        confusion = np.array(progress.last)
+        print(f"\nvalidation split after {stage.name}:")
+        print_table(confusion, run.labels)
+        if progress.before is not None:
+            print(stage_difference(np.array(progress.before), confusion, run.labels.names))
+
+
+def train_one_stage(
+    run: Run,
+    tx: optax.GradientTransformation,
+    state: train.TrainState,
+    progress: Progress,
+    evaluate: Callable[[Any], np.ndarray | None],
+    records: Records,
+) -> tuple[Any, int, Progress]:
+    """Trains one stage, with a progress bar, a log row for each update, and checkpoints; arguments as `train_stages`'s.
+
+    There is a checkpoint after each epoch, every `save_minutes` within one, and where the run is asked to stop.
+
+    Returns:
+      The variables and the global step at the end, and the progress.
+    """
+    settings, log, stop = run.settings, records.log, records.stop
+    number, stage = progress.stage, run.stages[progress.stage]
+    steps = loader.steps_per_epoch(run.splits["train"], settings.batch_size)
+    done = (progress.epoch - 1) * steps + progress.updates
+    variables, step = {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
+    first_step, rates = step - done, _make_optimizer(run, number)[1]
+    losses, saved = _losses_so_far(settings.workdir, progress), time.perf_counter()
+    began = saved - progress.seconds
+
+    def wants_state() -> bool:
+        return stop.signal is not None or time.perf_counter() - saved > 60 * settings.save_minutes
+
+    place = progress.epoch, progress.updates
+    batches = _batches(run, number, done)
+    events = train.run_stage(
+        run.model, tx, state, stage, batches, steps, evaluate, run.devices, start=place, wants_state=wants_state
+    )
+    images = {"total": stage.epochs * steps * settings.batch_size, "initial": done * settings.batch_size}
+    with tqdm(**images, desc=stage.name, unit="img", disable=None, smoothing=0.1) as bar:
+        for event in _explained(events, run, stage, first_step, rates):
+            if isinstance(event, train.StepDone):
+                losses.append(event.loss)
+                log.step(number, event.epoch, event.step, event.loss, float(rates[event.step - 1 - first_step]))
+                bar.update(settings.batch_size)
+                bar.set_postfix(loss=f"{event.loss:.3f}", refresh=False)
+                continue
+            seconds = time.perf_counter() - began
+            if isinstance(event, train.EpochDone):
+                _tell_epoch(log, number, stage, event, float(np.mean(losses)), seconds)
+                # The next step donates the state's buffers: only the last epoch's outlive the loop.
+                variables, step = {"params": event.state.params, "batch_stats": event.state.batch_stats}, event.step
+                progress = Progress(number, event.epoch + 1, last=event.confusion.tolist(), before=progress.before)
+                losses, began = [], time.perf_counter()
+            else:
+                place = {"epoch": event.epoch, "updates": event.updates, "seconds": seconds}
+                progress = dataclasses.replace(progress, **place)
+            progress = _save(records, stage, event, progress)
+            saved = time.perf_counter()
+            if stop.signal is not None:
+                break
+    return variables, step, progress
+
+
+def _make_optimizer(run: Run, number: int) -> tuple[optax.GradientTransformation, np.ndarray]:
+    """A stage's optimizer, and the learning rate of each of its updates.
+
+    The rates are for the log, and all at once: asked in the loop, a schedule would be computed on the device, behind
+    its queue.
+    """
+    stage, settings = run.stages[number], run.settings
+    steps = stage.epochs * loader.steps_per_epoch(run.splits["train"], settings.batch_size)
+    rate = optimizer.make_schedule(stage.schedule, stage.learning_rate, steps)
+    rates = np.broadcast_to(np.asarray(rate(np.arange(steps))), steps)
+    return optimizer.make_optimizer(rate, stage.freeze_encoder, settings.adam_b2), rates
+
+
+def _batches(run: Run, number: int, start: int) -> Any:
+    """A stage's training batches; each stage draws its own order, so that a seed's stages do not repeat each other."""
+    settings = run.settings
+    return loader.train_batches(
+        run.splits["train"],
+        image_size=settings.image_size,
+        batch_size=settings.batch_size,
+        seed=2 * settings.seed + number,
+        start=start,
+    )
+
+
+def _losses_so_far(workdir: pathlib.Path, progress: Progress) -> list[float]:
+    """The losses of the epoch's updates that an earlier process made."""
+    steps = read_metrics(workdir, "step", progress.stage)
+    return steps["loss"][steps["epoch"] == progress.epoch].tolist()
+
+
+def _tell_epoch(
+    log: MetricsLog, number: int, stage: train.Stage, event: train.EpochDone, loss: float, seconds: float
+) -> None:
+    """Logs a validated epoch and prints its line."""
+    iou = metrics.iou_per_class(event.confusion)
+    log.epoch(number, event.epoch, event.step, loss, event.mean_iou, iou, seconds)
+    result = f"loss {loss:.4f}  val mean_iou {event.mean_iou:.4f}  {seconds:.1f} s"
+    tqdm.write(f"epoch {event.epoch}/{stage.epochs}  {result}")
+
+
+def _save(records: Records, stage: train.Stage, event: train.EpochDone | train.Halfway, progress: Progress) -> Progress:
+    """Saves a checkpoint, once the log's rows are on the disk; returns the progress with their number."""
+    records.log.flush()
+    progress = dataclasses.replace(progress, rows=records.log.rows)
+    meta = {"stage_name": stage.name, "epoch": event.epoch, "progress": dataclasses.asdict(progress)}
+    checkpoint.save(records.manager, event.state, getattr(event, "mean_iou", None), {**records.meta, **meta})
+    return progress
+
+
+def _explained(
+    events: Iterator, run: Run, stage: train.Stage, first_step: int, rates: np.ndarray
+) -> Iterator[train.StepDone | train.EpochDone | train.Halfway]:
+    """Passes the events on; says of a loss that is not finite what a person needs to look for the cause."""
+    try:
+        yield from events
+    except train.NonFiniteLossError as error:
+        names = [run.splits["train"][int(index)]["name"] for index in error.index[:_SHOWN]]
+        more = ", ..." if len(error.index) > _SHOWN else ""
+        raise FloatingPointError(
+            f"{error} ({stage.name}, learning rate {rates[error.step - 1 - first_step]:g}; images {', '.join(names)}"
+            f"{more}): lower the learning rate, look at these images, or find the operation with --debug-nans"
+        ) from None
