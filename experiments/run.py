@@ -147,7 +147,9 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
         if resumed:
             state, progress = resumed
             rows, step = progress.rows, int(state.step)
-            print(f"going on from stage {progress.stage}, epoch {progress.epoch}, after {step} updates in all")
+            over = progress.epoch > run.stages[progress.stage].epochs
+            place = "which is over" if over else f"epoch {progress.epoch}"
+            print(f"going on after {step} updates: stage {progress.stage}, {place}")
         with MetricsLog(workdir, run.labels.num_classes, rows, step) as log, catch_signals() as stop:
             # One function for all splits and stages: it compiles once where the labels' sizes agree.
             evaluate = make_evaluate(run, stop)

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
-import signal
 import sys
 from collections.abc import Iterator
+from signal import SIGINT, SIGTERM, Signals
+from signal import signal as set_handler
 from typing import Any
 
 
@@ -12,7 +13,7 @@ from typing import Any
 class Stop:
     """Whether a run was asked to stop, and by which signal."""
 
-    signal: signal.Signals | None = None
+    signal: Signals | None = None
 
 
 @contextlib.contextmanager
@@ -21,16 +22,16 @@ def catch_signals() -> Iterator[Stop]:
     stop, before = Stop(), {}
 
     def ask(number: int, _: Any) -> None:
-        stop.signal = signal.Signals(number)
+        stop.signal = Signals(number)
         put_back()
         print("\nstopping: saving what is trained; once more to stop without", file=sys.stderr)
 
     def put_back() -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            set_handler(number, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, ask)
+    for number in (SIGINT, SIGTERM):
+        before[number] = set_handler(number, ask)
     try:
         yield stop
     finally:

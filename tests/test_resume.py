@@ -1,0 +1,135 @@
+"""A run that is stopped, whatever stops it, ends where it would have ended."""
+
+import csv
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import baseline
+from experiments.prepare import prepare
+from experiments.settings import Settings, complete, to_json
+from experiments.stages import resume
+from jaxseg import checkpoint
+from jaxseg.decoders import BaselineDecoder
+
+DEADLINE = 300  # seconds, for a process to come as far as it is waited for
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight pictures to train on, two updates an epoch, and three to validate on."""
+    root, rng = tmp_path / "data", np.random.default_rng(0)
+    for split, number in (("train", 8), ("val", 3)):
+        for part in ("img", "seg"):
+            (root / split / part).mkdir(parents=True)
+        for index in range(number):
+            label = rng.integers(0, 2, (32, 32), dtype=np.uint8)
+            image = np.repeat(label[..., None] * 100, 3, -1) + rng.integers(0, 100, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(image).save(root / split / "img" / f"{index}.png")
+            Image.fromarray(label).save(root / split / "seg" / f"{index}.png")
+    return root
+
+
+def arguments(folder, workdir, *more):
+    options = ["--dataset", f"folder:{folder}", "--num-classes", "2", "--weights", "none", "--image-size", "32", "32"]
+    return [*options, "--batch-size", "4", "--epochs", "2", "2", "--workdir", str(workdir), *more]
+
+
+def stop_when(argv, come, number):
+    """Starts the command, sends it a signal a random moment after `come()`; returns its exit code and what it said."""
+    command = [sys.executable, "-m", "experiments.baseline", *argv]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + DEADLINE
+        while not come():
+            assert process.poll() is None, f"it ended before: {process.stderr.read()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.05))
+        process.send_signal(number)
+        _, said = process.communicate(timeout=DEADLINE)
+    return process.returncode, said
+
+
+def rows(workdir):
+    """The rows of metrics.csv, without the time that they took."""
+    path = workdir / "metrics.csv"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(lines)]
+
+
+def last_state(folder, workdir):
+    run = prepare(complete(Settings(**settings_of(workdir)), "baseline"), BaselineDecoder)
+    with checkpoint.open_checkpoints(workdir / "checkpoints") as manager:
+        return resume(run, manager)[0]
+
+
+def settings_of(workdir):
+    values = json.loads((workdir / "config.json").read_text())["settings"]
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()} | {
+        "workdir": workdir
+    }
+
+
+def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert baseline.main(arguments(folder, whole)) == 0
+
+    def numbers():
+        return [int(path.name) for path in (stopped / "checkpoints").glob("*") if path.name.isdigit()]
+
+    def writing():
+        return stopped.is_dir() and any(
+            "tmp" in path.name for path in (stopped / "checkpoints").glob("*") if len(rows(stopped)) >= 3
+        )
+
+    def has(kind, stage, epoch):
+        return lambda: any((row["kind"], row["stage"], row["epoch"]) == (kind, stage, epoch) for row in rows(stopped))
+
+    # With a checkpoint after each update, or only where it is asked for.
+    often, seldom = arguments(folder, stopped, "--save-minutes", "1e-9"), arguments(folder, stopped)
+    code, said = stop_when(seldom, lambda: (stopped / "metrics.csv").exists(), signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM and f"--workdir {stopped} goes on" in said
+    assert numbers() == [1] and len(rows(stopped)) == 1
+    assert stop_when(often, writing, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert stop_when(often, has("epoch", "1", "2"), signal.SIGKILL)[0] == -signal.SIGKILL
+    code, said = stop_when(often, has("step", "2", "1"), signal.SIGINT)
+    assert code == 128 + signal.SIGINT and "goes on" in said
+    # One number of the last checkpoint changes: the run goes on from the one before.
+    damaged = stopped / "checkpoints" / str(max(numbers()))
+    largest = max((damaged / "model").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert baseline.main(seldom) == 0
+    assert damaged.with_name(f"damaged-{damaged.name}").is_dir()
+
+    assert rows(stopped) == rows(whole)
+    assert (stopped / "results.json").read_text() == (whole / "results.json").read_text()
+    state, other = last_state(folder, stopped), last_state(folder, whole)
+    assert int(state.step) == 8
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+    figures = {path.name for path in (stopped / "figures").iterdir()}
+    assert figures == {path.name for path in (whole / "figures").iterdir()}
+
+
+def test_a_workdir_of_other_settings_is_refused_with_the_differences(folder, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    settings = Settings(dataset=f"folder:{folder}", weights="none", num_classes=2, workdir=workdir)
+    settings = complete(settings, "baseline")
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps({"settings": to_json(settings), "names": [], "images": {}}))
+    argv = ["--dataset", f"folder:{folder}", "--weights", "none", "--num-classes", "2", "--workdir", str(workdir)]
+    assert baseline.main([*argv, "--seed", "3", "--batch-size", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "--batch-size 8 there, 4 here; --seed 0 there, 3 here" in said and len(said.splitlines()) == 1
+    (workdir / "config.json").write_text("{")
+    assert baseline.main(argv) == 2
+    assert "config.json is damaged" in capsys.readouterr().err
