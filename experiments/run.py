@@ -39,12 +39,15 @@ def run(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> int:
         with claim_workdir(settings.workdir, meta := describe_run(prepared)):
             try:
                 stopped = execute(prepared, meta)
-            except (FloatingPointError, OSError) as error:
+            except OSError as error:
                 print(f"error: {error}; {go_on}", file=sys.stderr)
                 return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}; the checkpoints in {settings.workdir} are from before it", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\nstopped; {go_on}", file=sys.stderr)
         return 130

@@ -1,6 +1,7 @@
 """Orbax: the best and the last checkpoints of a run, each checked against its checksums when it is read."""
 
 import pathlib
+import shutil
 import zlib
 from typing import Any
 
@@ -57,6 +58,8 @@ def save(manager: ocp.CheckpointManager, state: Any, mean_iou: float | None, met
         train=ocp.args.StandardSave(train),
         meta=ocp.args.JsonSave({**meta, "checksums": checksums}),
     )
+    wait(manager)
+    _check_space(manager, sum(leaf.nbytes for leaf in jax.tree.leaves(host)))
     number = max(manager.all_steps(), default=0) + 1
     try:
         manager.save(number, args=items, metrics=None if mean_iou is None else {"mean_iou": mean_iou})
@@ -152,6 +155,16 @@ def _checksum(tree: Any) -> str:
         value = zlib.crc32(f"{path} {array.dtype} {array.shape}".encode(), value)
         value = zlib.crc32(array.reshape(-1).view(np.uint8), value)
     return f"{value:08x}"
+
+
+def _check_space(manager: ocp.CheckpointManager, needed: int) -> None:
+    """Raises OSError if the disk has less space: Orbax's threads would say so in hundreds of lines."""
+    free = shutil.disk_usage(manager.directory).free
+    if free < needed:
+        raise OSError(
+            f"no checkpoint can be written to {manager.directory}: it takes {needed >> 20} MiB, and the disk has"
+            f" {free >> 20} MiB left; free some"
+        )
 
 
 def _unwritable(manager: ocp.CheckpointManager, error: Exception) -> OSError:

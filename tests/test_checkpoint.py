@@ -1,5 +1,7 @@
 """What is saved comes back or is known to be damaged, and only the best and the last two are kept."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,15 @@ def test_a_damaged_file_is_an_error_of_one_line(tmp_path, damage):
     with checkpoint.open_checkpoints(tmp_path) as manager, pytest.raises(ValueError, match="damaged") as caught:
         checkpoint.restore_model(manager, checkpoint.BEST, TEMPLATE)
     assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_named_and_what_is_there_kept(manager, monkeypatch):
+    save(manager, 1, 0.5)
+    usage = shutil.disk_usage(manager.directory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50))
+    with pytest.raises(OSError, match="disk has 0 MiB left"):
+        save(manager, 2, 0.6)
+    assert restored_step(manager, checkpoint.LAST) == 1
 
 
 def test_no_checkpoint(manager):
