@@ -46,6 +46,8 @@ def run(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
+        if settings.debug_nans:
+            raise  # the traceback is what was asked for
         print(f"error: {error}; the checkpoints in {settings.workdir} are from before it", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -73,7 +73,7 @@ class Settings:
     save_minutes: float = 10.0
     """Minutes between checkpoints within an epoch; there is one after each epoch, and on Ctrl-C and SIGTERM."""
     debug_nans: bool = False
-    """Stop at the operation that first gives a number that is not one; slower."""
+    """Stop with a traceback at the operation that first gives a NaN; slower, on one device."""
 
 
 def parse(name: str, description: str, argv: list[str] | None = None) -> Settings:

@@ -188,15 +188,15 @@ def pmap_step(
       devices: the local devices.
       donate: the state's buffers are reused for the output; the caller's state is gone.
       per_image: outputs keep the leading axes (devices, images per device).
+
+    Under `jax.debug_nans` the first device computes the parts of all, which gives the same: of a pmap, JAX cannot tell
+    the operation that gave the first NaN.
     """
-    return jax.pmap(
-        step,
-        axis_name=AXIS,
-        in_axes=(None, 0),
-        out_axes=0 if per_image else None,
-        devices=devices,
-        donate_argnums=(0,) if donate else (),
-    )
+    axes = {"axis_name": AXIS, "in_axes": (None, 0), "out_axes": 0 if per_image else None}
+    if jax.config.jax_debug_nans:
+        together = jax.jit(jax.vmap(step, **axes))
+        return lambda state, batch: together(*jax.device_put((state, batch), devices[0]))
+    return jax.pmap(step, **axes, devices=devices, donate_argnums=(0,) if donate else ())
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:

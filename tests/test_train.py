@@ -190,6 +190,17 @@ def test_a_validation_that_broke_off_is_made_up_for(variables):
     equal(done.state, end.state)
 
 
+def test_debugging_computes_the_same_and_names_the_operation(variables):
+    *_, end = run_stage(variables, False, 1, 2)
+    with jax.debug_nans(True):
+        *_, other = run_stage(variables, False, 1, 2)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+        jax.tree.map(close, jax.tree.map(np.array, end.state), jax.tree.map(np.array, other.state))
+        bad = {**variables, "params": jax.tree.map(lambda x: x.at[...].set(np.inf), variables["params"])}
+        with pytest.raises(FloatingPointError, match="encountered in [a-z_]+"):
+            list(run_stage(bad, False, 1, 1))
+
+
 def test_a_loss_that_is_not_finite_names_the_images(variables):
     tx = make_optimizer(1e-2, True)
     broken = {
