@@ -197,7 +197,7 @@ def test_debugging_computes_the_same_and_names_the_operation(variables):
         close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
         jax.tree.map(close, jax.tree.map(np.array, end.state), jax.tree.map(np.array, other.state))
         bad = {**variables, "params": jax.tree.map(lambda x: x.at[...].set(np.inf), variables["params"])}
-        with pytest.raises(FloatingPointError, match="encountered in [a-z_]+"):
+        with pytest.raises(FloatingPointError, match="encountered in conv_general_dilated"):
             list(run_stage(bad, False, 1, 1))
 
 
