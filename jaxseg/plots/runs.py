@@ -1,36 +1,39 @@
-"""The figures of a run, drawn with matplotlib: numpy arrays in, PNG files out.
-
-matplotlib is imported here and nowhere else, through its object-oriented API: no pyplot, no window, no global state, so
-that a figure is a function of its arguments and nothing stays open. Figures are laid out in inches on one page
-coordinate system (origin at the top left, y downwards), because text that has to fit is measured in inches.
-"""
+"""The figures of a training run: curves, confusion matrix, result pictures."""
 
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib.axes
-import matplotlib.font_manager
 import matplotlib.ticker
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-# The style of every figure. Lines are blue and vermilion of Okabe and Ito, which differ for colour-blind readers and in
-# print; everything that is not data is a shade of grey.
-DPI = 200
-PAGE_WIDTH = 7.2  # inches: the width of a printed A4 page's text, a little more
-TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 10.0, 8.0, 7.0  # points
-BLUE, VERMILION = "#0072B2", "#D55E00"
-INK, MUTED, FAINT = "#222222", "#666666", "#DDDDDD"
+from jaxseg.plots.page import (
+    BLUE,
+    DPI,
+    FAINT,
+    INK,
+    LUMA,
+    MAX_ROW_HEIGHT,
+    MUTED,
+    PAGE_WIDTH,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    VERMILION,
+    new_figure,
+    new_page,
+    text_width,
+    write,
+)
+
 VOID_COLOUR = (236, 236, 236)  # pixels that no class claims; lighter than any class colour should be
-LUMA = (0.299, 0.587, 0.114)  # the brightness of R, G and B (ITU-R BT.601)
 CONTOUR = 0.4  # the brightness of a contour, as a share of the region's
 
 ROWS_PER_PAGE = 4
-MAX_ROW_HEIGHT = 2.6  # inches; a portrait photograph is made narrower than its column rather than higher than this
 
 
 class StageHistory(NamedTuple):
@@ -90,8 +93,8 @@ def plot_training(history: Sequence[StageHistory], directory: pathlib.Path, firs
     mean_iou_limits = _mean_iou_limits(np.concatenate([np.zeros(0), *(stage.mean_ious for stage in history)]))
     paths, best_before = [], None
     for index, stage in enumerate(history, start=first):
-        figure = _figure(PAGE_WIDTH, 2.75)
-        _text(figure, 0.09, 0.955, stage.name, TITLE_SIZE, weight="bold", va="top")
+        figure = new_figure(PAGE_WIDTH, 2.75)
+        write(figure, 0.09, 0.955, stage.name, TITLE_SIZE, weight="bold", va="top")
         _plot_loss(_panel(figure, (0.09, 0.16, 0.385, 0.63)), stage, loss_limits, log_scale)
         _plot_mean_iou(_panel(figure, (0.6, 0.16, 0.385, 0.63)), stage, mean_iou_limits, best_before)
         if len(stage.mean_ious):
@@ -121,13 +124,13 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: pathlib.Pa
     if confusion.shape != (size, size):
         raise ValueError(f"confusion has shape {confusion.shape}, but {size} names need ({size}, {size})")
     names = [_shorten(name) for name in names]
-    name_width = max(_text_width(name, TEXT_SIZE) for name in names)
+    name_width = max(text_width(name, TEXT_SIZE) for name in names)
     cell = float(np.clip(5.2 / size, 0.27, 0.55))
     left, top, side = name_width + 0.42, 0.62 if title else 0.36, cell * size
-    width = max(side + 1.9, _text_width(title, TITLE_SIZE, "bold") + 0.15)
-    page = _page(left + width, top + side + 0.72 * name_width + 0.48)
+    width = max(side + 1.9, text_width(title, TITLE_SIZE, "bold") + 0.15)
+    page = new_page(left + width, top + side + 0.72 * name_width + 0.48)
     if title:
-        _text(page, left, 0.14, title, TITLE_SIZE, weight="bold", va="top")
+        write(page, left, 0.14, title, TITLE_SIZE, weight="bold", va="top")
     _draw_cells(page, confusion, left, top, cell)
     _draw_names(page, names, left, top, cell, name_width)
     _draw_iou_bars(page, confusion, left + side + 0.22, top, cell)
@@ -228,34 +231,6 @@ def choose_examples(class_counts: np.ndarray, num_examples: int) -> list[int]:
     return chosen
 
 
-def _figure(width: float, height: float) -> Figure:
-    """A white figure of that many inches that draws itself with Agg."""
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _page(width: float, height: float) -> matplotlib.axes.Axes:
-    """Axes that fill a new figure and whose data coordinates are inches from its top left corner."""
-    page = _figure(width, height).add_axes((0, 0, 1, 1))
-    page.set(xlim=(0, width), ylim=(height, 0))
-    page.set_axis_off()
-    # Nothing that is drawn later may move the page's limits.
-    page.set_autoscale_on(False)
-    return page
-
-
-def _text(parent: matplotlib.axes.Axes | Figure, x: float, y: float, text: str, size: float, **style) -> None:
-    """Writes a text as it is: a dollar sign in a class name starts no formula."""
-    parent.text(x, y, text, **{"fontsize": size, "color": INK, "parse_math": False} | style)
-
-
-def _text_width(text: str, size: float, weight: str = "normal") -> float:
-    """The width in inches of a line of text of that many points."""
-    font = matplotlib.font_manager.FontProperties(size=size, weight=weight)
-    return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0] / DPI
-
-
 def _shorten(name: str, length: int = 28) -> str:
     """The name, or its start and an ellipsis."""
     return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
@@ -274,7 +249,7 @@ def _panel(figure: Figure, position: tuple[float, float, float, float]) -> matpl
 
 def _subtitle(axes: matplotlib.axes.Axes, text: str) -> None:
     """A note on top of a panel, where it can't cover a curve."""
-    _text(axes, 0, 1.04, text, SMALL_SIZE, color=MUTED, transform=axes.transAxes)
+    write(axes, 0, 1.04, text, SMALL_SIZE, color=MUTED, transform=axes.transAxes)
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:
@@ -367,7 +342,7 @@ def _draw_cells(page: matplotlib.axes.Axes, confusion: np.ndarray, left: float, 
             band = Rectangle((left, top + row * cell), size * cell, cell, facecolor="#EEEEEE", edgecolor="white")
             page.add_patch(band)
             note = "no pixel has this label" if size * cell > 1.4 else "no label"
-            _text(page, left + size * cell / 2, top + (row + 0.5) * cell, note, SMALL_SIZE, color=MUTED, **centred)
+            write(page, left + size * cell / 2, top + (row + 0.5) * cell, note, SMALL_SIZE, color=MUTED, **centred)
             continue
         for column in range(size):
             depth = np.sqrt(share[row, column])
@@ -377,7 +352,7 @@ def _draw_cells(page: matplotlib.axes.Axes, confusion: np.ndarray, left: float, 
             percent = f"{100 * share[row, column]:.0f}"
             if percent != "0":
                 style = {"color": "white" if depth > 0.7 else INK, **centred}
-                _text(page, corner[0] + cell / 2, corner[1] + cell / 2, percent, min(TEXT_SIZE, 24 * cell), **style)
+                write(page, corner[0] + cell / 2, corner[1] + cell / 2, percent, min(TEXT_SIZE, 24 * cell), **style)
 
 
 def _draw_names(
@@ -387,14 +362,14 @@ def _draw_names(
     side = cell * len(names)
     for index, name in enumerate(names):
         middle = (index + 0.5) * cell
-        _text(page, left - 0.07, top + middle, name, TEXT_SIZE, ha="right", va="center_baseline")
+        write(page, left - 0.07, top + middle, name, TEXT_SIZE, ha="right", va="center_baseline")
         slanted = {"rotation": 45, "rotation_mode": "anchor", "ha": "right", "va": "center"}
-        _text(page, left + middle + 0.02, top + side + 0.09, name, TEXT_SIZE, **slanted)
+        write(page, left + middle + 0.02, top + side + 0.09, name, TEXT_SIZE, **slanted)
     centred = {"color": MUTED, "ha": "center", "va": "center"}
-    _text(page, left - name_width - 0.24, top + side / 2, "label", TEXT_SIZE, rotation=90, **centred)
+    write(page, left - name_width - 0.24, top + side / 2, "label", TEXT_SIZE, rotation=90, **centred)
     below = top + side + 0.72 * name_width + 0.32
-    _text(page, left + side / 2, below, "prediction", TEXT_SIZE, **centred)
-    _text(page, left, top - 0.1, "% of the label's pixels", SMALL_SIZE, color=MUTED)
+    write(page, left + side / 2, below, "prediction", TEXT_SIZE, **centred)
+    write(page, left, top - 0.1, "% of the label's pixels", SMALL_SIZE, color=MUTED)
 
 
 def _draw_iou_bars(page: matplotlib.axes.Axes, confusion: np.ndarray, left: float, top: float, cell: float) -> None:
@@ -404,16 +379,16 @@ def _draw_iou_bars(page: matplotlib.axes.Axes, confusion: np.ndarray, left: floa
     iou = intersection[union > 0] / union[union > 0]
     length, thickness = 1.1, min(0.6 * cell, 0.22)
     heading = f"IoU, mean {iou.mean():.3f}" if iou.size else "IoU"
-    _text(page, left, top - 0.1, heading, SMALL_SIZE, color=MUTED)
+    write(page, left, top - 0.1, heading, SMALL_SIZE, color=MUTED)
     for row in range(len(confusion)):
         middle = top + (row + 0.5) * cell
         if not union[row]:
-            _text(page, left, middle, "absent", SMALL_SIZE, color=MUTED, va="center_baseline", style="italic")
+            write(page, left, middle, "absent", SMALL_SIZE, color=MUTED, va="center_baseline", style="italic")
             continue
         value = intersection[row] / union[row]
         for width, colour in ((length, "#EEEEEE"), (length * value, BLUE)):
             page.add_patch(Rectangle((left, middle - thickness / 2), width, thickness, color=colour, linewidth=0))
-        _text(page, left + length + 0.07, middle, f"{value:.3f}", SMALL_SIZE, va="center_baseline")
+        write(page, left + length + 0.07, middle, f"{value:.3f}", SMALL_SIZE, va="center_baseline")
 
 
 def _plot_results_page(
@@ -426,9 +401,9 @@ def _plot_results_page(
     captions = [_wrap(_caption(e, names), PAGE_WIDTH - 2 * margin, SMALL_SIZE) for e in examples]
     entries, legend_lines = _legend(examples, names, colours, PAGE_WIDTH - 2 * margin)
     body = sum(scale * e.image.shape[0] + 0.18 for scale, e in zip(scales, examples, strict=True))
-    page = _page(PAGE_WIDTH, 0.32 + body + line * sum(map(len, captions)) + 0.2 * legend_lines + 0.1)
+    page = new_page(PAGE_WIDTH, 0.32 + body + line * sum(map(len, captions)) + 0.2 * legend_lines + 0.1)
     for index, heading in enumerate(("photograph", "label", "prediction")):
-        _text(page, margin + column / 2 + index * (column + gap), 0.24, heading, TEXT_SIZE, ha="center", weight="bold")
+        write(page, margin + column / 2 + index * (column + gap), 0.24, heading, TEXT_SIZE, ha="center", weight="bold")
     top = 0.32
     for example, scale, caption in zip(examples, scales, captions, strict=True):
         height, width = scale * example.image.shape[0], scale * example.image.shape[1]
@@ -437,7 +412,7 @@ def _plot_results_page(
             page.imshow(picture, extent=(left, left + width, top + height, top), aspect="auto", interpolation="hanning")
         top += height + 0.06
         for text in caption:
-            _text(page, margin, top, text, SMALL_SIZE, va="top")
+            write(page, margin, top, text, SMALL_SIZE, va="top")
             top += line
         top += 0.12
     _draw_legend(page, entries, margin, top + 0.06)
@@ -487,7 +462,7 @@ def _wrap(text: str, width: float, size: float) -> list[str]:
     lines: list[str] = []
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and _text_width(longer, size) <= width:
+        if lines and text_width(longer, size) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
@@ -510,7 +485,7 @@ def _legend(
         wanted.append(("void", np.array(VOID_COLOUR) / 255))
     entries, left, row = [], 0.0, 0
     for name, colour in wanted:
-        entry_width = 0.2 + _text_width(name, TEXT_SIZE) + 0.18
+        entry_width = 0.2 + text_width(name, TEXT_SIZE) + 0.18
         if left and left + entry_width - 0.18 > width:
             left, row = 0.0, row + 1
         entries.append((left, row, name, colour))
@@ -524,7 +499,7 @@ def _draw_legend(page: matplotlib.axes.Axes, entries: list, left: float, top: fl
         middle = top + 0.2 * row + 0.06
         box = {"facecolor": colour, "edgecolor": MUTED, "linewidth": 0.5}
         page.add_patch(Rectangle((left + offset, middle - 0.065), 0.13, 0.13, **box))
-        _text(page, left + offset + 0.18, middle, name, TEXT_SIZE, va="center_baseline")
+        write(page, left + offset + 0.18, middle, name, TEXT_SIZE, va="center_baseline")
 
 
 def _contour(index: np.ndarray) -> np.ndarray:

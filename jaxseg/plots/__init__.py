@@ -1,0 +1,26 @@
+"""The figures, drawn with matplotlib: numpy arrays in, PNG files out. matplotlib is imported here and nowhere else."""
+
+from jaxseg.plots.page import DPI, LUMA
+from jaxseg.plots.runs import (
+    VOID_COLOUR,
+    Example,
+    StageHistory,
+    choose_examples,
+    overlay,
+    plot_confusion,
+    plot_results,
+    plot_training,
+)
+
+__all__ = [
+    "DPI",
+    "LUMA",
+    "VOID_COLOUR",
+    "Example",
+    "StageHistory",
+    "choose_examples",
+    "overlay",
+    "plot_confusion",
+    "plot_results",
+    "plot_training",
+]
