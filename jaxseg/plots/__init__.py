@@ -1,5 +1,13 @@
 """The figures, drawn with matplotlib: numpy arrays in, PNG files out. matplotlib is imported here and nowhere else."""
 
+from jaxseg.plots.filtering import (
+    Panel,
+    choose_detail,
+    magnitude_picture,
+    plot_filtered,
+    sample_photograph,
+    signed_picture,
+)
 from jaxseg.plots.page import DPI, LUMA
 from jaxseg.plots.runs import (
     VOID_COLOUR,
@@ -17,10 +25,16 @@ __all__ = [
     "LUMA",
     "VOID_COLOUR",
     "Example",
+    "Panel",
     "StageHistory",
+    "choose_detail",
     "choose_examples",
+    "magnitude_picture",
     "overlay",
     "plot_confusion",
+    "plot_filtered",
     "plot_results",
     "plot_training",
+    "sample_photograph",
+    "signed_picture",
 ]
