@@ -73,13 +73,11 @@ def run(settings: Settings) -> None:
       OSError: the figures cannot be written.
     """
     # Imported only now: jax takes seconds, and --help must not wait for it.
-    from jaxseg import filters, plots
+    from jaxseg import plots
     from jaxseg.data.folder import read_image
 
     if len(settings.more_sigmas) > 3:
         raise ValueError(f"--more-sigmas takes at most 3 values, not {len(settings.more_sigmas)}")
-    for size, sigma in _gaussians(settings):
-        filters.check_gaussian(size, sigma)
     path = plots.sample_photograph() if settings.image is None else settings.image
     filtered = apply_filters(read_image(path), settings)
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -96,7 +94,7 @@ def _gaussians(settings: Settings) -> list[tuple[int, float]]:
 
 
 def apply_filters(image: Any, settings: Settings) -> Filtered:
-    """Blurs and differentiates image: (H, W, 3) uint8; raises ValueError for an unknown border mode."""
+    """Blurs and differentiates image: (H, W, 3) uint8; raises ValueError for an impossible Gaussian or border mode."""
     import numpy as np
 
     from jaxseg import filters, plots

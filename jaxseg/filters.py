@@ -42,7 +42,7 @@ def gaussian_1d(size: int = 3, sigma: float = REPORT_SIGMA) -> np.ndarray:
     Raises:
       ValueError: the size is even or below 1, or sigma is not above 0 and finite.
     """
-    check_gaussian(size, sigma)
+    _check_gaussian(size, sigma)
     return _normalised(_squares(size, sigma))
 
 
@@ -59,7 +59,7 @@ def gaussian_2d(size: int = 3, sigma: float = REPORT_SIGMA) -> np.ndarray:
     Raises:
       ValueError: as `gaussian_1d`.
     """
-    check_gaussian(size, sigma)
+    _check_gaussian(size, sigma)
     squares = _squares(size, sigma)
     return _normalised(squares[:, None] + squares)
 
@@ -128,7 +128,7 @@ def gradient_magnitude(image: jax.Array, border: str = "symmetric") -> jax.Array
     return jnp.hypot(*derivatives(image, border))
 
 
-def check_gaussian(size: int, sigma: float) -> None:
+def _check_gaussian(size: int, sigma: float) -> None:
     """Raises ValueError unless the size is odd and at least 1, and sigma above 0 and finite."""
     if size < 1 or size % 2 == 0:
         raise ValueError(f"a kernel needs a centre: its size must be odd and at least 1, not {size}")
