@@ -1,13 +1,14 @@
-"""Decoders: stride-32 features -> logits at the input's size."""
+"""Decoders: stride-32 features -> logits at the input's size; all are called with (features, train, keys)."""
 
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxseg.layers import ConvTranspose
+from jaxseg.layers import ConvTranspose, dropout
 
 
 class BaselineDecoder(nn.Module):
@@ -26,23 +27,76 @@ class BaselineDecoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
-        """Decodes x: (N, H, W, C) float at stride 32 into logits (N, 32 H, 32 W, num_classes) float32."""
+    def __call__(self, x: jnp.ndarray, train: bool = False, keys: jax.Array | None = None) -> jnp.ndarray:
+        """Decodes x: (N, H, W, C) float at stride 32 into logits (N, 32 H, 32 W, num_classes) float32.
+
+        The other arguments are those of `ImprovedDecoder`; nothing here depends on them.
+        """
         for layer, width in enumerate(self.widths):
             x = nn.relu(ConvTranspose(width, dtype=self.dtype, name=f"conv_transpose{layer + 1}")(x))
         return nn.Conv(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x.astype(jnp.float32))
 
 
-def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
-    """Lets a decoder without biases and batch norm start where it need not learn what all pixels have in common.
+class ImprovedDecoder(nn.Module):
+    """The baseline's, with batch norm before each ReLU, and dropout before the last convolution.
 
-    Otherwise it learns the classes' frequencies first, through all its layers at once: within a hundred updates its
-    last channels are nearly multiples of each other, and stay so for long. Here the head's bias knows the frequencies,
-    and the transposed convolutions' kernels are centred: a constant added to all of their inputs changes nothing,
-    except at the borders.
+    Source: the improved model of the 2019 report, which does not give the dropout rate.
+
+    Attributes:
+      num_classes: the number of logits for each pixel.
+      widths: the channels after each transposed convolution.
+      dropout_rate: the probability that a value of the last features is dropped, from 0 to below 1.
+      axis_name: the pmap axis over which batch statistics are averaged, or None.
+      dtype: of all but the last convolution; that, the logits, parameters and statistics are float32.
+    """
+
+    num_classes: int
+    widths: tuple[int, ...] = (256, 128, 64, 32, 16)
+    dropout_rate: float = 0.2
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jnp.ndarray, train: bool = False, keys: jax.Array | None = None) -> jnp.ndarray:
+        """Decodes features into logits.
+
+        Args:
+          x: (N, H, W, C) float at stride 32.
+          train: batch norm uses, and updates, the batch's statistics; otherwise the running ones, unchanged.
+          keys: (N,) keys, one for each image, from which dropout draws; without them, or without `train`, nothing is
+            dropped.
+
+        Returns:
+          logits: (N, 32 H, 32 W, num_classes) float32.
+        """
+        for layer, width in enumerate(self.widths):
+            x = ConvTranspose(width, dtype=self.dtype, name=f"conv_transpose{layer + 1}")(x)
+            # Flax's momentum 0.9 is PyTorch's 0.1. Flax keeps the biased running variance, PyTorch the unbiased one.
+            norm = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                axis_name=self.axis_name,
+                dtype=self.dtype,
+                name=f"bn{layer + 1}",
+            )
+            x = nn.relu(norm(x))
+        x = x.astype(jnp.float32)
+        if train and keys is not None:
+            x = dropout(x, keys, self.dropout_rate)
+        return nn.Conv(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x)
+
+
+def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
+    """Lets a decoder start where it need not learn what all pixels have in common.
+
+    Otherwise one without biases and batch norm learns the classes' frequencies first, through all its layers at once:
+    within a hundred updates its last channels are nearly multiples of each other, and stay so for long. Here the head's
+    bias knows the frequencies, and the transposed convolutions' kernels are centred: a constant added to all of their
+    inputs changes nothing, except at the borders. Batch norms stay as they are: they subtract that constant anyway.
 
     Args:
-      params: the parameters of `BaselineDecoder`.
+      params: the parameters of `BaselineDecoder` or `ImprovedDecoder`.
       counts: (num_classes,) pixels of each class in the training split; one is added to each.
       scale: what the head's kernel is multiplied by, so that the features disturb the first guess little.
 
@@ -53,8 +107,9 @@ def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
     """
     counts = np.asarray(counts, np.float64) + 1
     head = {"kernel": params["head"]["kernel"] * scale, "bias": jnp.asarray(np.log(counts / counts.sum()), jnp.float32)}
-    layers = {name: {"kernel": _centre(layer["kernel"])} for name, layer in params.items() if name != "head"}
-    return {**layers, "head": head}
+    layers = {name: layer for name, layer in params.items() if name != "head"}
+    centred = {name: {"kernel": _centre(layer["kernel"])} for name, layer in layers.items() if "kernel" in layer}
+    return {**layers, **centred, "head": head}
 
 
 def _centre(kernel: jnp.ndarray) -> jnp.ndarray:

@@ -1,4 +1,4 @@
-"""Convolution, transposed convolution and max-pool, exact, and fast forward and backward on CPU and GPU."""
+"""Convolution, transposed convolution, max-pool and dropout, exact, and fast forward and backward on CPU and GPU."""
 
 import functools
 from typing import Any
@@ -213,3 +213,44 @@ def max_pool(x: jax.Array) -> jax.Array:
     # Row by row, so that the first maximum is the first in row-major order.
     taps = (padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3))
     return functools.reduce(_first_maximum, taps)
+
+
+def dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
+    """Sets values to 0 with probability `rate`, each independently, and divides the others by 1 - rate.
+
+    What an image loses depends on its own key only, not on its place in the batch, nor on how many devices share it.
+    The key gives 64 random bits, and a value's index is hashed with them: `jax.random` would take 100 to 500 ms on a
+    CPU for what the hash does in 17 (8 images of 192x256x16).
+
+    Args:
+      x: (N, ...) float, fewer than 2^32 values in each image.
+      keys: (N,) keys, one for each image.
+      rate: from 0 to below 1.
+
+    Returns:
+      (N, ...), of x's dtype; its expectation is x.
+
+    Raises:
+      ValueError: the rate is out of range.
+
+    Source: Srivastava et al. 2014, "Dropout", scaled in training as PyTorch's `Dropout`; the hash is C. Wellons'
+      `lowbias32`, from the Hash Prospector.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"a dropout rate must be from 0 to below 1, not {rate}")
+    threshold = np.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+    def drop(x: jax.Array, key: jax.Array) -> jax.Array:
+        first, second = jax.random.bits(key, (2,), jnp.uint32)
+        index = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
+        # Two rounds, as in a cipher: after one, two images' masks would be rearrangements of each other.
+        return jnp.where(_hash(_hash(index ^ first) ^ second) >= threshold, x / (1 - rate), 0)
+
+    return jax.vmap(drop)(x, keys)
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    """Maps uint32 one to one onto uint32 such that each input bit flips each output bit half the time."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -20,13 +20,19 @@ class Segmenter(nn.Module):
 
     Attributes:
       encoder: (N, H, W, 3) float -> {stride: features}; called with `train`.
-      decoder: features at stride 32 -> logits at stride 1.
+      decoder: features at stride 32 -> logits at stride 1; called with `train` and `keys`.
     """
 
     encoder: nn.Module
     decoder: nn.Module
 
-    def __call__(self, image: jnp.ndarray, train: bool = False, freeze_encoder: bool = False) -> jnp.ndarray:
+    def __call__(
+        self,
+        image: jnp.ndarray,
+        train: bool = False,
+        freeze_encoder: bool = False,
+        keys: jax.Array | None = None,
+    ) -> jnp.ndarray:
         """Computes the logits.
 
         Args:
@@ -34,6 +40,7 @@ class Segmenter(nn.Module):
           train: batch norm uses, and updates, the batch's statistics.
           freeze_encoder: the encoder's batch norm keeps its running statistics even in training, and no gradient
             reaches the encoder, so that its backward pass is never computed.
+          keys: (N,) keys, one for each image, for what the decoder draws in training (dropout); None: it draws nothing.
 
         Returns:
           logits: (N, H, W, num_classes) float32.
@@ -45,4 +52,4 @@ class Segmenter(nn.Module):
         features = self.encoder(x, train=train and not freeze_encoder)[STRIDE]
         if freeze_encoder:
             features = jax.lax.stop_gradient(features)
-        return self.decoder(features)[:, :height, :width]
+        return self.decoder(features, train=train, keys=keys)[:, :height, :width]

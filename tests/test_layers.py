@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxseg.layers import Conv, ConvTranspose, conv, conv_transpose, max_pool
+from jaxseg.layers import Conv, ConvTranspose, conv, conv_transpose, dropout, max_pool
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "layers_torch.npz"
 # (N, H, W, C)
@@ -283,6 +283,64 @@ def test_max_pool_keeps_bfloat16():
     x = jnp.asarray(normal(5, (1, 5, 6, 2)), jnp.bfloat16)
     assert max_pool(x).dtype == jnp.bfloat16
     assert (max_pool(x) == reference_max_pool(x)).all()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def kept(keys, shape, rate):
+    """Which values of each image dropout keeps, as 0 and 1."""
+    return dropout(jnp.ones((len(keys), *shape)), keys, rate) > 0
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.2, 0.5, 0.999])
+def test_dropout_drops_its_share_and_preserves_the_mean(rate):
+    x = normal(30, (4, 50, 40, 16)) + 3
+    dropped = np.asarray(dropout(x, jax.random.split(jax.random.key(0), 4), rate))
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], (x / (1 - rate))[kept], rtol=1e-6)
+    # Four standard errors of a binomial share, and of the mean.
+    share = (rate * (1 - rate) / x.size) ** 0.5
+    assert abs(kept.mean() - (1 - rate)) <= 4 * share
+    assert abs(dropped.mean() - x.mean()) <= 4 * 3.2 * share / (1 - rate) + 1e-5
+
+
+def test_dropout_is_independent_between_values_and_between_images():
+    masks = np.asarray(kept(jax.random.split(jax.random.key(1), 6), (64, 48, 16), 0.3), np.float64) - 0.7
+    deviation = 0.3 * 0.7
+
+    def correlation(a, b):
+        return (a * b).mean() / deviation * a.size**0.5
+
+    # In standard errors: neighbours in every direction and further apart, and every two images. The largest of about
+    # 40 normal values is below 4.5 but once in 3000 sets.
+    far = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (0, 0, 8), (0, 16, 0), (32, 0, 0), (1, 0, 1)]
+    shifted = [correlation(masks, np.roll(masks, shift, (1, 2, 3))) for shift in far]
+    images = [correlation(masks[i], masks[j]) for i in range(6) for j in range(i)]
+    assert np.abs(shifted).max() < 4.5 and np.abs(images).max() < 4.5
+    for axis in range(1, 4):
+        profile = masks.mean(tuple(other for other in range(4) if other != axis))
+        assert np.abs(profile).max() / (deviation * masks.shape[axis] / masks.size) ** 0.5 < 4.5
+
+
+def test_what_dropout_drops_depends_on_the_images_own_key_only():
+    keys, order = jax.random.split(jax.random.key(2), 4), jnp.array([2, 0, 3, 1])
+    masks = kept(keys, (9, 7, 3), 0.4)
+    np.testing.assert_array_equal(kept(keys[order], (9, 7, 3), 0.4), masks[order])
+    np.testing.assert_array_equal(kept(keys[1:2], (9, 7, 3), 0.4)[0], masks[1])
+    np.testing.assert_array_equal(kept(jnp.stack([keys[0]] * 2), (9, 7, 3), 0.4), masks[jnp.array([0, 0])])
+
+
+def test_dropout_passes_the_gradient_of_what_it_keeps_and_the_type():
+    keys = jax.random.split(jax.random.key(3), 2)
+    x = normal(31, (2, 5, 4, 3))
+    out, pull_back = jax.vjp(lambda x: dropout(x, keys, 0.4), x)
+    np.testing.assert_allclose(pull_back(np.ones_like(x))[0], np.asarray(out) / x, rtol=1e-5)
+    assert dropout(jnp.asarray(x, jnp.bfloat16), keys, 0.4).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_dropout_refuses_impossible_rates(rate):
+    with pytest.raises(ValueError, match="from 0 to below 1, not"):
+        dropout(jnp.ones((1, 2)), jax.random.split(jax.random.key(0), 1), rate)
 
 
 def torch_conv_transpose(torch, x, kernel, gradient):

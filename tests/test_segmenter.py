@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from jaxseg.decoders import BaselineDecoder
+from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter, normalise
@@ -116,3 +117,33 @@ def test_frozen_encoder_has_no_gradient_and_keeps_its_statistics(model, variable
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["encoder"]))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["decoder"]))
+
+
+class TinyEncoder(nn.Module):
+    """Stands in for the ResNet: one value for each 32x32 pixels, and a batch norm."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return {32: nn.BatchNorm(use_running_average=not train)(nn.avg_pool(x, (32, 32), (32, 32)))}
+
+
+def test_the_improved_decoder_drops_by_the_keys_that_the_segmenter_is_given():
+    model = Segmenter(TinyEncoder(), ImprovedDecoder(5, widths=(4, 4, 4, 4, 4), dropout_rate=0.5))
+    image, _ = random_batch(32, 40)
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+
+    @jax.jit
+    def train(keys):
+        return model.apply(variables, image, train=True, freeze_encoder=True, keys=keys, mutable=["batch_stats"])
+
+    (logits, updates), (dropped, _), (again, _) = (
+        train(keys) for keys in (None, *[jax.random.split(jax.random.key(1), 2)] * 2)
+    )
+    assert logits.shape == (2, 32, 40, 5)
+    assert np.abs(logits - dropped).max() > 1e-3
+    np.testing.assert_array_equal(dropped, again)
+    # The decoder's batch norm follows the batch, the frozen encoder's does not.
+    stats = updates["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, stats["encoder"], variables["batch_stats"]["encoder"])
+    for after, before in zip(*(jax.tree.leaves(x["decoder"]) for x in (stats, variables["batch_stats"])), strict=True):
+        assert np.any(after != before)
