@@ -1,5 +1,6 @@
 """The figures, drawn with matplotlib: numpy arrays in, PNG files out. matplotlib is imported here and nowhere else."""
 
+from jaxseg.plots.architecture import plot_architecture
 from jaxseg.plots.filtering import (
     Panel,
     choose_detail,
@@ -31,6 +32,7 @@ __all__ = [
     "choose_examples",
     "magnitude_picture",
     "overlay",
+    "plot_architecture",
     "plot_confusion",
     "plot_filtered",
     "plot_results",
