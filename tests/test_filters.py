@@ -13,6 +13,9 @@ from jaxseg import filters
 # Our name of each border mode, and SciPy's.
 SCIPY_MODES = {"symmetric": "reflect", "reflect": "mirror", "edge": "nearest", "wrap": "wrap", "constant": "constant"}
 borders = pytest.mark.parametrize("border", filters.BORDERS)
+# Compiled whole, an operation is tested sooner; uncompiled, the same is tested by test_the_same_under_jit_and_vmap.
+correlate = jax.jit(filters.correlate, static_argnames="border")
+blur = jax.jit(filters.blur, static_argnames=("size", "sigma", "border"))
 GAUSSIANS = [(size, sigma) for size in (1, 3, 9, 31) for sigma in (1e-200, 0.3, filters.REPORT_SIGMA, 1.0, 2.5, 100)]
 
 
@@ -43,7 +46,7 @@ def scipy_correlate(image, kernel, border):
 @pytest.mark.parametrize("size", [(3, 3), (7, 5)], ids=str)
 def test_correlate_equals_scipy(image, size, border):
     kernel = normal(4, size)
-    got = filters.correlate(image, kernel, border)
+    got = correlate(image, kernel, border)
     assert got.dtype == jnp.float32
     assert_close(got, scipy_correlate(image, kernel.astype(np.float64), border))
 
@@ -52,7 +55,7 @@ def test_correlate_equals_scipy(image, size, border):
 @pytest.mark.parametrize("shape", [(1, 4), (2, 3)], ids=str)
 def test_correlate_equals_scipy_where_the_kernel_is_larger_than_the_image(shape, border):
     image, kernel = normal(5, shape), normal(6, (11, 9))
-    assert_close(filters.correlate(image, kernel, border), scipy_correlate(image, kernel.astype(np.float64), border))
+    assert_close(correlate(image, kernel, border), scipy_correlate(image, kernel.astype(np.float64), border))
 
 
 def test_the_convention_is_cross_correlation():
@@ -118,17 +121,18 @@ def test_separable_takes_the_column_along_y_and_the_row_along_x(border):
 
 
 @borders
-@pytest.mark.parametrize(("radius", "sigma"), [(1, 0.6), (4, 1.0), (6, 2.0)])
+@pytest.mark.parametrize(("radius", "sigma"), [(1, 0.6), (6, 2.0)])
 def test_blur_equals_scipys_gaussian_filter(radius, sigma, border):
     image = photo(13, (21, 18))
     expected = ndimage.gaussian_filter(image.astype(np.float64), sigma, mode=SCIPY_MODES[border], radius=radius)
-    assert_close(filters.blur(image, 2 * radius + 1, sigma, border), expected)
+    assert_close(blur(image, 2 * radius + 1, sigma, border), expected)
 
 
 @borders
 def test_a_constant_keeps_its_value_and_has_no_gradient(border):
     image = np.full((9, 8, 3), 200, np.uint8)
-    blurred, magnitude = filters.blur(image, 5, 1.2, border), filters.gradient_magnitude(image, border)
+    blurred = blur(image, 5, 1.2, border)
+    magnitude = jax.jit(filters.gradient_magnitude, static_argnames="border")(image, border)
     # Where zeros follow the edge, it is an edge; two pixels further in nothing tells.
     inside = np.s_[2:-2, 2:-2] if border == "constant" else np.s_[:, :]
     np.testing.assert_allclose(blurred[inside], 200, rtol=1e-6)
