@@ -35,7 +35,7 @@ def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], 
       padding: on each of the four sides.
 
     Returns:
-      (KH, KW, C, O), accumulated in float32, of x's dtype.
+      (KH, KW, C, O), accumulated in float32 at least, of x's dtype.
     """
     (rows, columns), channels = size, x.shape[3]
     _, height, width, out_channels = g.shape
@@ -43,7 +43,8 @@ def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], 
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         over_pixels = (((0, 1, 2), (0, 1, 2)), ((), ()))
-        return jax.lax.dot_general(a, b, over_pixels, preferred_element_type=jnp.float32).astype(x.dtype)
+        accumulator = jnp.promote_types(x.dtype, jnp.float32)
+        return jax.lax.dot_general(a, b, over_pixels, preferred_element_type=accumulator).astype(x.dtype)
 
     if strides == 1:
         by_column = jnp.concatenate([x[:, :, v : v + width] for v in range(columns)], axis=-1)
