@@ -1,43 +1,80 @@
 """The ResNet encoder: image -> feature maps at strides 2, 4, 8, 16 and 32."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxseg.layers import Conv, max_pool
 
-# Blocks in each of the four groups.
-STAGE_SIZES = {"resnet18": (2, 2, 2, 2)}
-
 # He et al. 2015b, fan-out: the variance of the gradient survives a ReLU; torchvision's choice for ResNets.
 _he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (N, H, W, C) -> (N, H / strides, W / strides, features)."""
+    """Two 3x3 convolutions and a shortcut: (N, H, W, C) -> (N, H / strides, W / strides, width)."""
 
-    features: int
+    width: int
     strides: int
     conv: Any
     norm: Any
+    # The block's output has this many times `width` channels.
+    expansion: ClassVar[int] = 1
 
     @nn.compact
     def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
         """Applies the block to x: (N, H, W, C) float."""
         shortcut = x
         # Symmetric padding as in PyTorch; 'SAME' would pad a stride-2 convolution on one side only.
-        x = self.conv(self.features, (3, 3), strides=self.strides, padding=1, name="conv1")(x)
+        x = self.conv(self.width, (3, 3), strides=self.strides, padding=1, name="conv1")(x)
         x = nn.relu(self.norm(name="bn1")(x))
-        x = self.conv(self.features, (3, 3), padding=1, name="conv2")(x)
+        x = self.conv(self.width, (3, 3), padding=1, name="conv2")(x)
         x = self.norm(name="bn2")(x)
-        if shortcut.shape != x.shape:
-            shortcut = self.conv(self.features, (1, 1), strides=self.strides, padding=0, name="downsample_conv")(
-                shortcut
-            )
-            shortcut = self.norm(name="downsample_bn")(shortcut)
-        return nn.relu(x + shortcut)
+        return _add_shortcut(self, shortcut, x)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut: (N, H, W, C) -> (N, H / strides, W / strides, 4 width).
+
+    The stride is on the 3x3 convolution, as in torchvision; He et al. have it on the first 1x1.
+    """
+
+    width: int
+    strides: int
+    conv: Any
+    norm: Any
+    expansion: ClassVar[int] = 4
+
+    @nn.compact
+    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+        """Applies the block to x: (N, H, W, C) float."""
+        shortcut = x
+        x = self.conv(self.width, (1, 1), name="conv1")(x)
+        x = nn.relu(self.norm(name="bn1")(x))
+        x = self.conv(self.width, (3, 3), strides=self.strides, padding=1, name="conv2")(x)
+        x = nn.relu(self.norm(name="bn2")(x))
+        x = self.conv(self.width * self.expansion, (1, 1), name="conv3")(x)
+        x = self.norm(name="bn3")(x)
+        return _add_shortcut(self, shortcut, x)
+
+
+def _add_shortcut(block: BasicBlock | Bottleneck, shortcut: jnp.ndarray, x: jnp.ndarray) -> jnp.ndarray:
+    """Adds a block's input, projected if the shapes differ, to what its convolutions made of it."""
+    if shortcut.shape != x.shape:
+        conv = block.conv(x.shape[-1], (1, 1), strides=block.strides, name="downsample_conv")
+        shortcut = block.norm(name="downsample_bn")(conv(shortcut))
+    return nn.relu(x + shortcut)
+
+
+# The blocks, and how many in each of the four groups.
+VARIANTS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
 
 
 class ResNet(nn.Module):
@@ -46,12 +83,12 @@ class ResNet(nn.Module):
     Source: He et al. 2015, "Deep residual learning for image recognition"; the geometry is torchvision's, to the pixel.
 
     Attributes:
-      stage_sizes: the number of blocks in each of the four groups.
+      variant: a key of `VARIANTS`.
       axis_name: the pmap axis over which batch statistics are averaged, or None.
       dtype: of the computation; parameters and statistics stay float32.
     """
 
-    stage_sizes: tuple[int, int, int, int] = STAGE_SIZES["resnet18"]
+    variant: str = "resnet18"
     axis_name: str | None = None
     dtype: Any = jnp.float32
 
@@ -64,10 +101,12 @@ class ResNet(nn.Module):
           train: batch norm uses, and updates, the batch's statistics; otherwise the running ones, unchanged.
 
         Returns:
-          {2: (N, H/2, W/2, 64), 4: (N, H/4, W/4, 64), 8: (..., 128), 16: (..., 256), 32: (..., 512)}, sizes rounded up.
+          {2: (N, H/2, W/2, 64), 4: (N, H/4, W/4, 64 e), 8: (..., 128 e), 16: (..., 256 e), 32: (..., 512 e)}, sizes
+          rounded up; e is the expansion of the variant's blocks, 1 for basic blocks and 4 for bottlenecks.
         """
         conv = functools.partial(Conv, kernel_init=_he_fan_out, dtype=self.dtype)
-        # Flax's momentum 0.9 is PyTorch's 0.1. Flax keeps the biased running variance, PyTorch the unbiased one.
+        # Flax's momentum 0.9 is PyTorch's 0.1. Flax keeps the biased running variance, PyTorch the unbiased one; we
+        # keep Flax's: it is what the batch was divided by, and over millions of pixels they are the same.
         norm = functools.partial(
             nn.BatchNorm,
             use_running_average=not train,
@@ -80,10 +119,11 @@ class ResNet(nn.Module):
         x = nn.relu(norm(name="bn1")(x))
         features = {2: x}
         x = max_pool(x)
-        for group, blocks in enumerate(self.stage_sizes):
+        block_class, stage_sizes = VARIANTS[self.variant]
+        for group, blocks in enumerate(stage_sizes):
             for block in range(blocks):
                 strides = 2 if group > 0 and block == 0 else 1
                 name = f"layer{group + 1}_{block}"
-                x = BasicBlock(64 * 2**group, strides, conv, norm, name=name)(x)
+                x = block_class(64 * 2**group, strides, conv, norm, name=name)(x)
             features[4 * 2**group] = x
         return features

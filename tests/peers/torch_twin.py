@@ -22,52 +22,15 @@ from jaxseg import metrics, optimizer
 from jaxseg.data import loader
 from jaxseg.decoders import BaselineDecoder
 from jaxseg.segmenter import MEAN, STD, STRIDE
-
-
-class BasicBlock(nn.Module):
-    """torchvision's BasicBlock."""
-
-    def __init__(self, inputs: int, features: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, features, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(features)
-        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(features)
-        self.downsample = None
-        if stride != 1 or inputs != features:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, features, 1, stride, bias=False), nn.BatchNorm2d(features)
-            )
-
-    def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
-        return functional.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
-
-
-class ResNet18(nn.Module):
-    """torchvision's ResNet-18 up to its stride-32 features."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        widths = (64, 64, 128, 256, 512)
-        for group in range(1, 5):
-            first = BasicBlock(widths[group - 1], widths[group], 1 if group == 1 else 2)
-            setattr(self, f"layer{group}", nn.Sequential(first, BasicBlock(widths[group], widths[group], 1)))
-
-    def forward(self, x):
-        x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(x)), inplace=True), 3, 2, 1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+from tests.peers.torch_resnet import ResNet
 
 
 class Decoder(nn.Module):
     """The report's baseline decoder."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        widths = (512, 256, 128, 64, 32, 16)
+        widths = (channels, 256, 128, 64, 32, 16)
         self.layers = nn.ModuleList(
             nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False) for i, o in itertools.pairwise(widths)
         )
@@ -82,9 +45,10 @@ class Decoder(nn.Module):
 class Segmenter(nn.Module):
     """uint8 NHWC image -> float32 NCHW logits of the same height and width."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, variant: str = "resnet18"):
         super().__init__()
-        self.encoder, self.decoder = ResNet18(), Decoder(num_classes)
+        self.encoder = ResNet(variant)
+        self.decoder = Decoder(self.encoder.channels, num_classes)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
@@ -93,7 +57,7 @@ class Segmenter(nn.Module):
         height, width = x.shape[2:]
         x = functional.pad(x, (0, -width % STRIDE, 0, -height % STRIDE)).contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
-            features = self.encoder(x)
+            features = self.encoder(x)[STRIDE]
         return self.decoder(features)[:, :, :height, :width]
 
 
@@ -187,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     prepared = jax_run.prepare(settings, BaselineDecoder)
     settings.workdir.mkdir(parents=True)
     num_classes, splits = prepared.labels.num_classes, prepared.splits
-    model = load(Segmenter(num_classes), prepared.variables)
+    model = load(Segmenter(num_classes, settings.encoder), prepared.variables)
     sizes = {"image_size": settings.image_size, "batch_size": settings.batch_size}
     eval_batches = {split: functools.partial(loader.eval_batches, splits[split], **sizes) for split in splits}
     steps = loader.steps_per_epoch(splits["train"], settings.batch_size)
