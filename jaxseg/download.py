@@ -1,0 +1,173 @@
+"""Verified downloads into a cache: resumable, atomic, and safe with several processes at once."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import queue
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then spoil each other's download, which the digest shows.
+    fcntl = None
+
+# Seconds without an answer, or without a byte, after which the network counts as absent.
+TIMEOUT = 8.0
+_CHUNK = 2**18
+
+
+class _Failed(Exception):
+    """Why a download failed; what to do about it is added by `fetch`."""
+
+
+def cache_folder() -> Path:
+    """The folder of downloads: `$XDG_CACHE_HOME/jaxseg`, or `~/.cache/jaxseg`."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "jaxseg"
+
+
+def fetch(name: str, base_url: str, folder: Path | None = None, timeout: float = TIMEOUT) -> Path:
+    """Finds a file in the cache, or downloads it there with a progress bar.
+
+    What has come is kept as `<name>.part` and resumed, also by a later call; only a file with the right digest gets
+    its name. A second process waits for the first.
+
+    Args:
+      name: the file's, with the first hexadecimal digits of its sha256: `<stem>-<digits>.<suffix>`.
+      base_url: what the name is appended to; ends in a slash.
+      folder: the cache; made if it is missing; `cache_folder()` if None.
+      timeout: seconds to wait for an answer and for each piece of the file.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      ValueError: it cannot be had; one line with the reason, the cache folder and the way out.
+    """
+    folder = cache_folder() if folder is None else folder
+    path = folder / name
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / f"{name}.lock"):
+            if not path.is_file():
+                _download(base_url + name, path, timeout)
+    except (OSError, http.client.HTTPException, _Failed) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        raise ValueError(
+            f"cannot download {base_url}{name} ({reason}): put {name} into {folder}, or give a file with --weights PATH"
+        ) from None
+    return path
+
+
+def _download(url: str, path: Path, timeout: float) -> None:
+    """Downloads to `<path>.part`, resuming what is there, and renames it if its digest is right."""
+    part = path.with_name(path.name + ".part")
+    resumed = _size(part) > 0
+    digits = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)[1]
+    with tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+        _complete(url, part, timeout, bar)
+        if resumed and not _digest(part).startswith(digits):
+            # What was there may have been the beginning of something else.
+            part.unlink()
+            _complete(url, part, timeout, bar)
+    digest = _digest(part)
+    if not digest.startswith(digits):
+        part.unlink()
+        raise _Failed(f"what came has a sha256 that starts with {digest[:8]}, not with {digits}")
+    os.replace(part, path)
+
+
+def _complete(url: str, part: Path, timeout: float, bar: tqdm) -> None:
+    """Asks for the rest of a file until all of it is there; gives up when an answer brings it no further."""
+    longest = _size(part)
+    while not _append(url, part, timeout, bar):
+        if _size(part) <= longest:
+            raise _Failed(f"the connection broke after {_size(part)} bytes, again")
+        longest = _size(part)
+
+
+def _append(url: str, part: Path, timeout: float, bar: tqdm) -> bool:
+    """Asks once for the rest of a file and appends what comes; returns whether the file is complete."""
+    start = _size(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = _within(timeout, lambda: urllib.request.urlopen(request, timeout=timeout))
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
+            # There is nothing behind what is there: the digest tells whether it is the file.
+            return True
+        raise _Failed(f"HTTP {error.code} {error.reason}") from None
+    with response:
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            start = 0  # A server that knows no ranges sends the whole file.
+        length = response.headers.get("Content-Length")
+        bar.reset(None if length is None else start + int(length))
+        bar.update(start)
+        with part.open("r+b" if start else "wb") as file:
+            file.seek(start)
+            while chunk := _read(response):
+                file.write(chunk)
+                bar.update(len(chunk))
+    return chunk is not None and (length is None or _size(part) == start + int(length))
+
+
+def _read(response: http.client.HTTPResponse) -> bytes | None:
+    """Reads a piece; b"" at the end, None where the connection broke: what has come is kept."""
+    try:
+        return response.read(_CHUNK)
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+    """Calls a function in a thread and waits so long; a socket's timeout counts neither name look-ups nor retries."""
+    results: queue.SimpleQueue = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            results.put((function(), None))
+        except Exception as error:
+            results.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        value, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return value
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process; the empty file stays, because removing it would be a race."""
+    with path.open("a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that holds {path}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
