@@ -57,9 +57,9 @@ def prepare(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> Run
         )
     labels, splits = open_data(settings)
     loader.steps_per_epoch(splits["train"], settings.batch_size)
-    model = Segmenter(ResNet(axis_name=train.AXIS), make_decoder(labels.num_classes))
+    model = Segmenter(ResNet(settings.encoder, axis_name=train.AXIS), make_decoder(labels.num_classes))
     variables = initialise(model, settings)
-    if settings.decoder_init == "prior":
+    if settings.decoder_init == "prior" and settings.weights_scope == "encoder":
         counts = count_classes(splits["train"], labels.num_classes)
         decoder = start_at_prior(variables["params"]["decoder"], counts.sum(0))
         variables = {**variables, "params": {**variables["params"], "decoder": decoder}}
@@ -87,15 +87,17 @@ def open_data(settings: Settings) -> tuple[Labels, dict[str, Any]]:
 
 
 def initialise(model: nn.Module, settings: Settings) -> Any:
-    """The model's variables: random from the seed, the encoder's replaced by the weights file if there is one."""
+    """The model's variables: random from the seed, replaced by what the weights hold; raises as `prepare` says."""
+    given = settings.weights if settings.weights != "none" else "random numbers (--weights none)"
+    encoder = {}
+    # First of all: what does not fit is known before anything is compiled.
+    if settings.weights != "none" and settings.weights_scope == "encoder":
+        encoder = pretrained.load_encoder(settings.encoder, settings.weights)
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     variables = jax.jit(model.init)(jax.random.key(settings.seed), image)
-    if settings.weights == "none":
-        print("encoder: random numbers (--weights none)")
-        return variables
-    encoder = {name: tree["encoder"] for name, tree in variables.items()}
-    encoder = pretrained.load_encoder(pathlib.Path(settings.weights), encoder)
-    print(f"encoder: {settings.weights}")
+    if settings.weights_scope == "all":
+        variables = pretrained.load_model(settings.encoder, settings.weights, variables)
+    print(f"{'encoder and decoder' if settings.weights_scope == 'all' else 'encoder'}: {settings.encoder}, {given}")
     return {name: {**tree, "encoder": encoder[name]} if name in encoder else tree for name, tree in variables.items()}
 
 

@@ -46,9 +46,14 @@ class Settings:
     """Number of classes of a folder without a classes.txt (labels 0 to num_classes - 1; 255 is ignored)."""
     data_dir: pathlib.Path = pathlib.Path("data")
     """Where data sets that the program prepares itself are kept."""
+    encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
+    """The encoder, with torchvision's geometry."""
     weights: str | None = None
-    """The encoder's weights: a torchvision ResNet-18 file (.pth), or `none` for a random encoder.
-    Must be given for every data set but `shapes`."""
+    """The encoder's weights: `imagenet` (downloaded from torchvision once, then cached), a file of the same ResNet
+    (.pth or .pt as PyTorch saves it, or .safetensors, torchvision's or timm's), the workdir of a run of ours (its best
+    checkpoint), or `none` for a random encoder. Must be given for every data set but `shapes`."""
+    weights_scope: Literal["encoder", "all"] = "encoder"
+    """What is taken from a workdir given as --weights: its encoder, or the decoder too (`all`)."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels to which images are resized for training and validation."""
     batch_size: int | None = None
@@ -105,7 +110,9 @@ def complete(settings: Settings, name: str) -> Settings:
     if kind not in RECIPES or (kind == "folder") != settings.dataset.startswith("folder:"):
         raise ValueError(f"unknown --dataset {settings.dataset!r}: use shapes or folder:DIR")
     if settings.weights is None and kind != "shapes":
-        raise ValueError("--weights is missing: give a torchvision ResNet-18 .pth file, or none for a random encoder")
+        raise ValueError(
+            "--weights is missing: give imagenet, a file, the workdir of a run, or none for a random encoder"
+        )
     recipe = dataclasses.asdict(RECIPES[kind])
     values = {option: value for option, value in recipe.items() if getattr(settings, option) is None}
     if settings.weights is None:
@@ -158,5 +165,7 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"--seed must be from 0 to {2**31 - 2}, not {settings.seed}")
     if min(settings.epochs) < 0 or max(settings.epochs) == 0:
         raise ValueError(f"--epochs {settings.epochs[0]} {settings.epochs[1]}: both from 0 up, and one of them above 0")
+    if settings.weights_scope == "all" and settings.weights in ("none", "imagenet"):
+        raise ValueError(f"--weights-scope all: --weights {settings.weights} has no decoder, name the workdir of a run")
     if settings.num_classes is not None and not 2 <= settings.num_classes <= 255:
         raise ValueError(f"--num-classes must be from 2 to 255, not {settings.num_classes}")

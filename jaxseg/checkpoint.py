@@ -19,14 +19,10 @@ def open_checkpoints(directory: pathlib.Path) -> ocp.CheckpointManager:
     Args:
       directory: made if it is missing; what an interrupted save left in it is removed.
     """
-
-    def best_fn(metrics: dict[str, float]) -> float:
-        return metrics["mean_iou"]
-
     # `max_to_keep` with `best_fn` would delete the last one.
-    best = preservation_policy.BestN(n=1, get_metric_fn=best_fn, keep_checkpoints_without_metrics=False)
+    best = preservation_policy.BestN(n=1, get_metric_fn=_mean_iou, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
-        best_fn=best_fn,
+        best_fn=_mean_iou,
         preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best]),
         cleanup_tmp_directories=True,
     )
@@ -108,6 +104,28 @@ def restore_state(manager: ocp.CheckpointManager, which: str | int, template: An
     return template.replace(**restored["model"], **restored["train"])
 
 
+def read_best(run: pathlib.Path) -> Any:
+    """Reads the best model of a run that may be going on; changes nothing there.
+
+    Args:
+      run: the workdir of a run, or its folder of checkpoints.
+
+    Returns:
+      {'params', 'batch_stats'}, numpy arrays.
+
+    Raises:
+      ValueError: there is no checkpoint, or it cannot be read; in one line.
+    """
+    directory = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    # Not `open_checkpoints`: it would remove what another program is just writing.
+    options = ocp.CheckpointManagerOptions(best_fn=_mean_iou, read_only=True)
+    with ocp.CheckpointManager(directory.resolve(), options=options) as manager:
+        number = manager.best_step()
+        if number is None:
+            raise ValueError(f"{directory} holds no checkpoint: name the workdir of a run that has finished an epoch")
+        return _restore(manager, number, {"model": None})["model"]
+
+
 def read_meta(manager: ocp.CheckpointManager, which: str | int) -> dict[str, Any]:
     """Reads what was saved as `meta`; raises as `restore_model` does."""
     return _restore(manager, _number(manager, which), {})["meta"]
@@ -122,6 +140,10 @@ def set_aside(manager: ocp.CheckpointManager, number: int) -> pathlib.Path:
     return pathlib.Path(aside)
 
 
+def _mean_iou(metrics: dict[str, float]) -> float:
+    return metrics["mean_iou"]
+
+
 def _number(manager: ocp.CheckpointManager, which: str | int) -> int:
     wait(manager)
     number = {BEST: manager.best_step, LAST: manager.latest_step}[which]() if isinstance(which, str) else which
@@ -132,6 +154,7 @@ def _number(manager: ocp.CheckpointManager, which: str | int) -> int:
 
 def _restore(manager: ocp.CheckpointManager, number: int, templates: dict[str, Any]) -> Any:
     """Reads the items of `templates`, and 'meta'; compares them with their checksums: Orbax itself has none."""
+    # Without a template Orbax gives what is there.
     templates = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), templates)
     items = {name: ocp.args.StandardRestore(template) for name, template in templates.items()}
     damaged = f"the checkpoint {manager.directory / str(number)} is damaged, or of another model"

@@ -6,13 +6,21 @@ import json
 import subprocess
 import sys
 
+import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from PIL import Image
 
 from experiments import baseline
-from experiments.settings import Settings, complete
+from experiments.prepare import prepare
+from experiments.settings import Settings, complete, parse
+from jaxseg import checkpoint
+from jaxseg.decoders import BaselineDecoder
+from jaxseg.pretrained import encoder_shapes, load_encoder, save_torch
+from jaxseg.train import TrainState
 
 
 @pytest.fixture
@@ -129,6 +137,50 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, capsys):
     assert str(weights) in fails(capsys, [*arguments(folder, tmp_path / "run"), "--weights", str(weights)])
 
 
+def test_weights_of_another_encoder_are_answered_with_its_name(folder, tmp_path, capsys):
+    weights = tmp_path / "weights.safetensors"
+    save_torch(jax.tree.map(np.zeros_like, small_model()), weights)
+    options = ["--weights", str(weights), "--encoder", "resnet50"]
+    assert "use --encoder resnet18" in fails(capsys, [*arguments(folder, tmp_path / "run"), *options])
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_network_imagenet_is_told_what_to_do(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(load_encoder.__kwdefaults__, "base_url", "http://127.0.0.1:9/")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    line = fails(capsys, [*arguments(folder, tmp_path / "run"), "--weights", "imagenet", "--encoder", "resnet101"])
+    assert "resnet101-63fe2227.pth" in line and str(tmp_path / "cache" / "jaxseg") in line and "--weights PATH" in line
+
+
+def small_model():
+    """The variables of a ResNet-18, all 0.5."""
+    flat = {path: np.full(shape, 0.5, np.float32) for path, shape in encoder_shapes("resnet18").items()}
+    return traverse_util.unflatten_dict(flat)
+
+
+def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_path, capsys):
+    options = ["--weights", str(tmp_path / "old"), "--decoder-init", "prior"]
+    decoder = jax.eval_shape(BaselineDecoder(2).init, jax.random.key(0), jnp.zeros((1, 1, 1, 512)))["params"]
+    encoder = small_model()
+    params = {
+        "encoder": encoder["params"],
+        "decoder": jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), decoder),
+    }
+    state = TrainState(np.array(1), params, {"encoder": encoder["batch_stats"]}, {})
+    with checkpoint.open_checkpoints(tmp_path / "old" / "checkpoints") as manager:
+        checkpoint.save(manager, state, 0.5, {})
+    for scope, kept in (("encoder", False), ("all", True)):
+        argv = [*arguments(folder, tmp_path / "new"), *options, "--weights-scope", scope]
+        prepared = prepare(parse("baseline", "", argv), BaselineDecoder).variables
+        jax.tree.map(np.testing.assert_array_equal, prepared["params"]["encoder"], encoder["params"])
+        jax.tree.map(np.testing.assert_array_equal, prepared["batch_stats"]["encoder"], encoder["batch_stats"])
+        ones = [bool(np.all(leaf == 1)) for leaf in jax.tree.leaves(prepared["params"]["decoder"])]
+        assert all(ones) if kept else not any(ones)
+    (folder / "classes.txt").write_text("dark\nbright\nother\n")
+    assert "as many classes" in fails(capsys, argv)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -145,6 +197,8 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, capsys):
         (["--adam-b2", "1"], "--adam-b2"),
         (["--seed", str(2**31)], "--seed"),
         (["--workdir", __file__], "is a file"),
+        (["--weights-scope", "all"], "--weights none has no decoder"),
+        (["--weights-scope", "all", "--weights", "imagenet"], "--weights imagenet has no decoder"),
     ],
 )
 def test_values_out_of_range_are_refused_at_once(capsys, options, said):

@@ -30,8 +30,7 @@ def test_eight_camvid_images_are_learnt_by_heart(shared):
     devices = jax.local_devices()[:1]
     model = Segmenter(ResNet(axis_name=train.AXIS), BaselineDecoder(NUM_CLASSES))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
-    encoder = {name: tree["encoder"] for name, tree in variables.items()}
-    encoder = load_encoder(shared / "weights" / "resnet18-9f26ff83.pth", encoder)
+    encoder = load_encoder("resnet18", shared / "weights" / "resnet18-9f26ff83.pth")
     variables["params"]["encoder"], variables["batch_stats"]["encoder"] = encoder["params"], encoder["batch_stats"]
     eval_batch = {**batch, "label_size": np.full((8, 2), SIZE, np.int32)}
     evaluate = functools.partial(train.make_evaluate(model, NUM_CLASSES, devices), batches=[eval_batch])

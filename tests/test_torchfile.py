@@ -1,0 +1,522 @@
+"""torchfile.py against torch.save and torch.load, and against files made to do harm."""
+
+import collections
+import copy
+import hashlib
+import io
+import os
+import pickle
+import struct
+import tracemalloc
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxseg.torchfile import read_torch
+
+NEEDS_TORCH = "needs torch==2.13.0 (CPU build)"
+
+
+both_formats = pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+
+
+def write_zip(path, pickled, records=None, compression=zipfile.ZIP_STORED):
+    """Writes a file laid out as torch.save does."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        for key, data in (records or {}).items():
+            archive.writestr(f"archive/data/{key}", data)
+    return path
+
+
+def write_legacy(path, pickled, storages=(), start=0x1950A86A20F9469CFC6C, little_endian=True):
+    """Writes a file laid out as torch.save did before PyTorch 1.6; storages: (key, number of elements, bytes)."""
+    machine = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {"int": 4}}
+    keys = [key for key, _, _ in storages]
+    heads = [pickle.dumps(value, 2) for value in (start, 1001, machine)]
+    data = [struct.pack("<q", number) + content for _, number, content in storages]
+    path.write_bytes(b"".join([*heads, pickled, pickle.dumps(keys, 2), *data]))
+    return path
+
+
+class _Global:
+    """Pickles as a reference to a function or class of any name, whether it exists or not."""
+
+    def __init__(self, module, name, *arguments):
+        self.module, self.name, self.arguments = module, name, arguments
+
+
+class _Storage:
+    """Pickles as torch.save's reference to a storage."""
+
+    def __init__(self, size, key="0", kind="FloatStorage", tag="storage"):
+        self.size, self.key, self.kind, self.tag = size, key, kind, tag
+
+
+class _Pickler(pickle._Pickler):
+    """Writes the two classes above."""
+
+    def save(self, obj, save_persistent_id=True):
+        if isinstance(obj, _Global):
+            self.write(f"c{obj.module}\n{obj.name}\n".encode())
+            super().save(tuple(obj.arguments))
+            self.write(pickle.REDUCE)
+        elif isinstance(obj, _Storage):
+            self.write(pickle.MARK)
+            super().save(obj.tag)
+            self.write(f"ctorch\n{obj.kind}\n".encode())
+            for item in (obj.key, "cpu", obj.size):
+                super().save(item)
+            self.write(pickle.TUPLE + pickle.BINPERSID)
+        else:
+            super().save(obj, save_persistent_id)
+
+
+def pickled(value):
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue()
+
+
+def tensor(storage, offset, shape, strides):
+    arguments = (storage, offset, shape, strides, False, collections.OrderedDict())
+    return _Global("torch._utils", "_rebuild_tensor_v2", *arguments)
+
+
+def assert_one_line(error, path, *words):
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(path) in message
+    for word in words:
+        assert word in message
+
+
+def test_reads_what_the_format_says_without_torch(tmp_path):
+    """Written by hand, so that it runs where PyTorch is not installed."""
+    numbers = np.arange(12, dtype="<f4")
+    state = {
+        "rows": tensor(_Storage(12), 0, (3, 4), (4, 1)),
+        "transposed": tensor(_Storage(12), 0, (4, 3), (1, 4)),
+        "part": tensor(_Storage(12), 5, (2, 2), (4, 2)),
+        "expanded": tensor(_Storage(12), 7, (3, 2), (0, 0)),
+        "scalar": tensor(_Storage(12), 11, (), ()),
+        "empty": tensor(_Storage(12), 0, (0, 3), (3, 1)),
+    }
+    path = write_zip(tmp_path / "a.pth", pickled(state), {"0": numbers.tobytes()})
+    got = read_torch(path)
+    np.testing.assert_array_equal(got["rows"], numbers.reshape(3, 4))
+    np.testing.assert_array_equal(got["transposed"], numbers.reshape(3, 4).T)
+    np.testing.assert_array_equal(got["part"], [[5, 7], [9, 11]])
+    np.testing.assert_array_equal(got["expanded"], np.full((3, 2), 7))
+    assert got["scalar"].shape == () and got["scalar"] == 11
+    assert got["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"],
+    ids=lambda name: name,
+)
+@both_formats
+def test_round_trip_of_every_dtype(tmp_path, dtype, is_zip):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    expected = (torch.arange(24).reshape(2, 3, 4) - 5).to(getattr(torch, dtype))
+    torch.save({"a": expected}, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
+    got = read_torch(tmp_path / "a.pth")["a"]
+    assert got.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype))
+    np.testing.assert_array_equal(got.astype(np.float64), expected.to(torch.float64).numpy())
+
+
+@both_formats
+def test_round_trip_of_views_and_parameters(tmp_path, is_zip):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    base = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+    state = {
+        "base": base,
+        "transposed": base.permute(2, 0, 1),
+        "part": base[2:5, 1::2, 3],
+        "expanded": base[3:4].expand(7, 5, 4),
+        "channels_last": torch.arange(120.0).reshape(1, 4, 5, 6).to(memory_format=torch.channels_last),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(base[1]),
+    }
+    torch.save(collections.OrderedDict(state), tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
+    got = read_torch(tmp_path / "a.pth")
+    assert list(got) == list(state)
+    for name, expected in state.items():
+        np.testing.assert_array_equal(got[name], expected.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"other": s["1.bias"] + 1, "state_dict": s, "epoch": 3}, lambda s: {"model": s}]
+)
+@both_formats
+def test_unwraps_the_state_dict_of_a_module(tmp_path, wrap, is_zip):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    torch.save(wrap(module.state_dict()), tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
+    got = read_torch(str(tmp_path / "a.pth"))
+    assert got.keys() == module.state_dict().keys()
+    for name, expected in module.state_dict().items():
+        np.testing.assert_array_equal(got[name], expected.numpy())
+        assert got[name].dtype == expected.numpy().dtype
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("nt", "system"),
+        ("builtins", "eval"),
+        ("__builtin__", "eval"),
+        ("builtins", "getattr"),
+        ("collections", "OrderedDict.__init__"),
+        ("torch._utils", "_rebuild_tensor"),
+        ("torch.nn.modules.conv", "Conv2d"),
+        ("numpy", "load"),
+        ("nowhere", "Unknown"),
+    ],
+)
+@pytest.mark.parametrize("inside", [lambda value: value, lambda value: {"state_dict": {"a": value}}])
+def test_refuses_every_other_function_and_executes_nothing(tmp_path, module, name, inside):
+    witness = tmp_path / "witness"
+    path = write_zip(tmp_path / "a.pth", pickled(inside(_Global(module, name, f"touch {witness}"))))
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, f"{module}.{name}", "state_dict")
+    assert not witness.exists()
+
+
+def test_refuses_a_pickle_of_python_that_runs_a_command(tmp_path):
+    """The usual attack, as pickle itself writes it; it works on pickle.loads, which shows that the test can fail."""
+    witness = tmp_path / "witness"
+
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"echo > {witness}",)
+
+    attack = pickle.dumps({"a": Attack()})
+    pickle.loads(attack)
+    assert witness.exists()
+    witness.unlink()
+    path = write_zip(tmp_path / "a.pth", attack)
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "system")
+    assert not witness.exists()
+
+
+def test_a_file_cannot_change_how_the_next_is_read(tmp_path):
+    """BUILD sets attributes on what the allowlist returns: it must not reach the reader's own functions."""
+    defaults = pickled((None, {"__defaults__": (0, (1,), (1,))}))[2:-1]
+    names = [b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n"]
+    attacks = [write_zip(tmp_path / f"{i}.pth", b"\x80\x02" + name + defaults + b"b.") for i, name in enumerate(names)]
+    # A tensor without its offset, shape and strides, which those defaults would complete.
+    call = _Global("torch._utils", "_rebuild_tensor_v2", _Storage(1))
+    incomplete = write_zip(tmp_path / "incomplete.pth", pickled({"a": call}), {"0": bytes(4)})
+    for path in (incomplete, *attacks, incomplete):
+        with pytest.raises(ValueError) as error:
+            read_torch(path)
+        assert_one_line(error, path)
+    assert not hasattr(collections.OrderedDict, "__defaults__")
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [
+        (0, (13,), (1,)),
+        (1, (12,), (1,)),
+        (0, (3, 4), (5, 1)),
+        (12, (1,), (1,)),
+        (-1, (2,), (1,)),
+        (11, (2,), (-1,)),
+        (0, (-1,), (1,)),
+        (0, (3, 4), (4,)),
+        (0, (5,), (2**60,)),  # (5 - 1) * 2^60 * 4 bytes is 0 in 64 bits
+        (0, (2**40,), (1,)),
+        (2**70, (1,), (1,)),
+        (0.0, (1,), (1,)),
+        (True, (1,), (1,)),
+        (0, "ab", (1, 1)),
+        (0, 3, 1),
+    ],
+)
+def test_refuses_a_tensor_outside_its_storage(tmp_path, offset, shape, strides):
+    state = {"weight": tensor(_Storage(12), offset, shape, strides)}
+    path = write_zip(tmp_path / "a.pth", pickled(state), {"0": bytes(48)})
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "download it again")
+    if not isinstance(shape, int):
+        assert "'weight'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        _Storage(13),  # larger than its record
+        _Storage(11),
+        _Storage(-12),
+        _Storage(12.0),
+        _Storage(12, key="1"),  # no such record
+        _Storage(12, key="../../archive/data/0"),
+        _Storage(12, key=0),
+        _Storage(12, tag="module"),
+        _Storage(6, kind="ComplexFloatStorage"),
+        "not a storage",
+    ],
+)
+def test_refuses_a_storage_that_is_not_in_the_file(tmp_path, storage):
+    path = write_zip(tmp_path / "a.pth", pickled({"weight": tensor(storage, 0, (1,), (1,))}), {"0": bytes(48)})
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path)
+
+
+def good_file(path, is_zip=True):
+    state = pickled({"a": tensor(_Storage(100), 0, (100,), (1,))})
+    if is_zip:
+        return write_zip(path, state, {"0": bytes(400)})
+    return write_legacy(path, state, [("0", 100, bytes(400))])
+
+
+@both_formats
+def test_refuses_a_truncated_file_at_every_length(tmp_path, is_zip):
+    whole = good_file(tmp_path / "whole.pth", is_zip).read_bytes()
+    path = tmp_path / "part.pth"
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError) as error:
+            read_torch(path)
+        assert_one_line(error, path, "again")
+
+
+def test_refuses_a_file_with_changed_bytes_or_reads_it(tmp_path):
+    """Never anything but a one-line ValueError, whichever byte of the pickle is damaged."""
+    state = pickled({"weight": tensor(_Storage(12), 0, (3, 4), (4, 1))})
+    path, refused = tmp_path / "a.pth", 0
+    for position in range(len(state)):
+        damaged = bytearray(state)
+        damaged[position] ^= 0x15
+        write_zip(path, bytes(damaged), {"0": bytes(48)})
+        try:
+            read_torch(path)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+    assert refused > len(state) // 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "neither a zip file nor a pickle"),
+        (b"<html>404: Not Found</html>", "neither a zip file nor a pickle"),
+        (pickle.dumps({"a": 1}), "not a file of torch.save's"),
+        (b"PK\x03\x04" + bytes(100), "download it again"),
+    ],
+)
+def test_refuses_what_torch_does_not_write(tmp_path, content, words):
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, words)
+
+
+def test_refuses_a_missing_file_and_a_folder(tmp_path):
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(ValueError) as error:
+            read_torch(path)
+        assert_one_line(error, path, "path")
+
+
+def test_refuses_another_zip_file_and_a_compressed_one(tmp_path):
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "hello")
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "torch.save")
+    # A record of zeros, compressed, can be a thousand times larger than the file.
+    state = {"a": tensor(_Storage(250_000), 0, (250_000,), (1,))}
+    write_zip(path, pickled(state), {"0": bytes(10**6)}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "torch.save")
+
+
+@pytest.mark.parametrize("top", [{"epoch": 3}, {"state_dict": {"a": [1]}}, [1, 2], {}, {1: 2}, {"model": {}}])
+def test_refuses_a_file_without_a_state_dict(tmp_path, top):
+    path = write_zip(tmp_path / "a.pth", pickled(top))
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "torch.save")
+
+
+def test_a_name_with_line_breaks_stays_on_one_line(tmp_path):
+    path = write_zip(tmp_path / "a.pth", pickled({"a\nb": 1}))
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path)
+
+
+def test_checks_the_digest_in_the_name(tmp_path):
+    data = good_file(tmp_path / "a.pth").read_bytes()
+    right = tmp_path / f"resnet18-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    right.write_bytes(data)
+    assert read_torch(right)["a"].shape == (100,)
+    wrong = tmp_path / "resnet18-01234567.pth"
+    wrong.write_bytes(data)
+    with pytest.raises(ValueError) as error:
+        read_torch(wrong)
+    assert_one_line(error, wrong, "01234567", hashlib.sha256(data).hexdigest()[:8], "download it again")
+
+
+def test_the_shared_weights_equal_what_torch_loads(shared):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    path = shared / "weights" / "resnet18-9f26ff83.pth"
+    got, expected = read_torch(path), torch.load(path, weights_only=True)
+    assert list(got) == list(expected) and len(got) == 122
+    for name, array in got.items():
+        assert array.dtype == expected[name].numpy().dtype
+        np.testing.assert_array_equal(array, expected[name].numpy())
+
+
+def test_refuses_numbers_of_the_other_byte_order(tmp_path):
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", pickled({"a": tensor(_Storage(1), 0, (1,), (1,))}))
+        archive.writestr("a/byteorder", "big")
+        archive.writestr("a/data/0", struct.pack(">f", 1))
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "little-endian")
+
+
+def test_reads_what_the_legacy_format_says_without_torch(tmp_path):
+    """Storages are found by their order, also those behind one that no tensor of the state_dict needs."""
+    numbers = np.arange(6, dtype="<f4")
+    state = {"a": tensor(_Storage(4, "x"), 1, (3,), (1,)), "b": tensor(_Storage(2, "z", "LongStorage"), 0, (2,), (1,))}
+    top = {"momentum": tensor(_Storage(3, "y"), 0, (3,), (1,)), "model": state}
+    integers = np.array([2**40, -1], "<i8")
+    storages = [
+        ("y", 3, numbers[:3].tobytes()), ("z", 2, integers.tobytes()), ("x", 4, numbers[2:].tobytes())
+    ]  # fmt: skip
+    got = read_torch(write_legacy(tmp_path / "a.pt", pickled(top), storages))
+    assert list(got) == ["a", "b"]
+    np.testing.assert_array_equal(got["a"], [3, 4, 5])
+    np.testing.assert_array_equal(got["b"], integers)
+
+
+@pytest.mark.parametrize(
+    ("storages", "words"),
+    [
+        ([("0", 13, bytes(48))], "outside the file"),
+        ([("0", 2**40, bytes(48))], "outside the file"),
+        ([("0", -1, bytes(48))], "outside the file"),
+        ([("0", 11, bytes(48))], "outside its storage"),
+        ([], "download it again"),
+        ([("1", 12, bytes(48))], "download it again"),
+        ([(["0"], 12, bytes(48))], "download it again"),
+    ],
+)
+def test_refuses_a_legacy_storage_that_is_not_in_the_file(tmp_path, storages, words):
+    path = write_legacy(tmp_path / "a.pth", pickled({"weight": tensor(_Storage(12), 0, (12,), (1,))}), storages)
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, words)
+
+
+def test_refuses_a_legacy_file_of_another_start_or_byte_order(tmp_path):
+    state, storages = pickled({"a": tensor(_Storage(1), 0, (1,), (1,))}), [("0", 1, bytes(4))]
+    path = tmp_path / "a.pth"
+    assert read_torch(write_legacy(path, state, storages))["a"] == 0
+    for options, words in (({"start": 1}, "torch.save"), ({"little_endian": False}, "little-endian")):
+        write_legacy(path, state, storages, **options)
+        with pytest.raises(ValueError) as error:
+            read_torch(path)
+        assert_one_line(error, path, words)
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_executes_no_part_of_a_legacy_file(tmp_path, position):
+    """The attack stands for each of the four first pickles in turn."""
+    witness = tmp_path / "witness"
+    attack = pickled(_Global("os", "system", f"touch {witness}"))
+    machine = {"little_endian": True}
+    pickles = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, machine, {})]
+    pickles[position] = attack
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"".join(pickles))
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "os.system")
+    assert not witness.exists()
+
+
+@both_formats
+def test_refuses_a_pickle_that_asks_for_more_memory_than_the_file_has(tmp_path, is_zip):
+    """An unpickler keeps an array as long as the largest index: a few bytes ask for gigabytes. So do lengths."""
+    bombs = [
+        b"\x80\x02}" + pickle.LONG_BINPUT + struct.pack("<I", 10**7) + b".",
+        b"\x80\x02}" + pickle.PUT + b"10000000\n.",
+        b"\x80\x05" + pickle.BYTEARRAY8 + struct.pack("<Q", 10**7) + b".",
+        b"\x80\x04" + pickle.BINUNICODE8 + struct.pack("<Q", 10**7) + b".",
+    ]
+    path = tmp_path / "a.pth"
+    for bomb in bombs:
+        write_zip(path, bomb) if is_zip else write_legacy(path, bomb)
+        tracemalloc.start()
+        with pytest.raises(ValueError) as error:
+            read_torch(path)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+        tracemalloc.stop()
+        assert_one_line(error, path, "download it again")
+
+
+def test_refuses_records_that_together_are_larger_than_the_file(tmp_path):
+    """A zip bomb without compression: many entries of the directory show the same bytes."""
+    keys = [str(number) for number in range(50)]
+    state = {f"weight{key}": tensor(_Storage(25_000, key), 0, (25_000,), (1,)) for key in keys}
+    path = write_zip(tmp_path / "a.pth", pickled(state), {"0": bytes(100_000)})
+    with zipfile.ZipFile(path, "a") as archive:
+        first = archive.getinfo("archive/data/0")
+        for key in keys[1:]:
+            entry = copy.copy(first)
+            entry.filename = f"archive/data/{key}"
+            archive.filelist.append(entry)
+            archive.NameToInfo[entry.filename] = entry
+        archive._didModify = True
+    assert path.stat().st_size < 200_000
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "claim to be larger")
+
+
+@both_formats
+def test_refuses_one_storage_of_two_types(tmp_path, is_zip):
+    state = {
+        "a": tensor(_Storage(2), 0, (2,), (1,)),
+        "b": tensor(_Storage(2, kind="IntStorage"), 0, (2,), (1,)),
+    }
+    path = tmp_path / "a.pth"
+    write_zip(path, pickled(state), {"0": bytes(8)}) if is_zip else write_legacy(
+        path, pickled(state), [("0", 2, bytes(8))]
+    )
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "'0'", "two types")
+
+
+def test_long_names_are_cut(tmp_path):
+    path = write_zip(tmp_path / "a.pth", pickled({"a" * 10**5: 1}))
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "aaaa")
+    assert len(str(error.value)) < 500
