@@ -144,6 +144,12 @@ def test_a_prefix_and_what_an_encoder_does_not_need_are_left_out(tmp_path, tenso
     assert_equal(load_encoder("resnet18", path), convert_resnet(dict(tensors), "resnet18"))
 
 
+def test_beside_a_prefix_that_names_no_part_nothing_is_left_out(tmp_path, tensors):
+    prefixed = {f"module.{name}": array for name, array in tensors.items()} | {"extra": np.zeros(3)}
+    message = refusal(load_encoder, "resnet18", write_safetensors(tmp_path / "a.safetensors", prefixed))
+    assert "(unexpected 1: 'extra' (3,))" in message
+
+
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_torchs_files_with_a_prefix_load_too(tmp_path, tensors, is_zip):
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
