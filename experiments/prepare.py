@@ -87,18 +87,26 @@ def open_data(settings: Settings) -> tuple[Labels, dict[str, Any]]:
 
 
 def initialise(model: nn.Module, settings: Settings) -> Any:
-    """The model's variables: random from the seed, replaced by what the weights hold; raises as `prepare` says."""
-    given = settings.weights if settings.weights != "none" else "random numbers (--weights none)"
-    encoder = {}
-    # First of all: what does not fit is known before anything is compiled.
-    if settings.weights != "none" and settings.weights_scope == "encoder":
-        encoder = pretrained.load_encoder(settings.encoder, settings.weights)
-    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
-    variables = jax.jit(model.init)(jax.random.key(settings.seed), image)
+    """The model's variables: what the weights hold, and else random from the seed; raises as `prepare` says."""
+    key, image = jax.random.key(settings.seed), jnp.zeros((1, 64, 64, 3), jnp.uint8)
+    if settings.weights == "none":
+        print(f"encoder: {settings.encoder}, random numbers (--weights none)")
+        return jax.jit(model.init)(key, image)
     if settings.weights_scope == "all":
-        variables = pretrained.load_model(settings.encoder, settings.weights, variables)
-    print(f"{'encoder and decoder' if settings.weights_scope == 'all' else 'encoder'}: {settings.encoder}, {given}")
-    return {name: {**tree, "encoder": encoder[name]} if name in encoder else tree for name, tree in variables.items()}
+        shapes = jax.eval_shape(model.init, key, image)
+        variables = pretrained.load_model(settings.encoder, settings.weights, shapes)
+        print(f"encoder and decoder: {settings.encoder}, {settings.weights}")
+        return variables
+    encoder = pretrained.load_encoder(settings.encoder, settings.weights)
+    print(f"encoder: {settings.encoder}, {settings.weights}")
+
+    def init_rest(key: jax.Array, image: jax.Array) -> Any:
+        # What is not returned is not compiled: an encoder's random numbers would take longest.
+        variables = model.init(key, image)
+        return {name: {part: leaf for part, leaf in variables[name].items() if part != "encoder"} for name in variables}
+
+    rest = jax.jit(init_rest)(key, image)
+    return {name: {**tree, "encoder": encoder[name]} for name, tree in rest.items()}
 
 
 def count_classes(source: Any, num_classes: int) -> np.ndarray:

@@ -113,9 +113,15 @@ def test_a_good_file_is_downloaded_once(server, tmp_path):
     assert not part(folder).exists()
 
 
-@pytest.mark.parametrize(("url", "why"), [("x", "HTTP 404 Not Found"), ("y", "HTTP 503")])
-def test_a_refusal_of_the_server_is_told(server, tmp_path, url, why):
-    server.status = int(why[5:8])
+def test_a_file_that_was_put_into_the_cache_is_found_and_nothing_written(tmp_path):
+    (tmp_path / NAME).write_bytes(CONTENT)
+    assert fetch(NAME, "http://127.0.0.1:9/", tmp_path) == tmp_path / NAME
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize(("status", "why"), [(404, "HTTP 404 Not Found"), (503, "HTTP 503")])
+def test_a_refusal_of_the_server_is_told(server, tmp_path, status, why):
+    server.status = status
     assert why in refusal(NAME, server.url, tmp_path)
     assert server.requests == [None]
 
