@@ -244,14 +244,15 @@ def dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
     def drop(x: jax.Array, key: jax.Array) -> jax.Array:
         first, second = jax.random.bits(key, (2,), jnp.uint32)
         index = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
-        # Two rounds, as in a cipher: after one, two images' masks would be rearrangements of each other.
+        # Two rounds, because after one all images would draw from one table of 2^32 values, and those whose first bits
+        # agree in their upper part would drop alike, in another order.
         return jnp.where(_hash(_hash(index ^ first) ^ second) >= threshold, x / (1 - rate), 0)
 
     return jax.vmap(drop)(x, keys)
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """Maps uint32 one to one onto uint32 such that each input bit flips each output bit half the time."""
+    """Maps uint32 one to one onto uint32 such that each input bit flips each output bit about half the time."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

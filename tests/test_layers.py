@@ -321,6 +321,17 @@ def test_dropout_is_independent_between_values_and_between_images():
         assert np.abs(profile).max() / (deviation * masks.shape[axis] / masks.size) ** 0.5 < 4.5
 
 
+def test_dropout_does_not_rearrange_one_image_for_another(monkeypatch):
+    # Keys that are the random bits themselves: the first ones differ in a single bit.
+    monkeypatch.setattr(jax.random, "bits", lambda key, *args: key)
+    bits = jnp.array([[12345, 111], [12345 ^ 1, 222], [12345, 333]], jnp.uint32)
+    first, neighbour, same = np.asarray(dropout(jnp.ones((3, 10000)), bits, 0.5)) > 0
+    swapped = first.reshape(-1, 2)[:, ::-1].ravel()
+    # Half of the values agree by chance; four standard errors.
+    for a, b in ((swapped, neighbour), (first, neighbour), (first, same)):
+        assert abs((a == b).mean() - 0.5) < 4 * 0.5 / 100
+
+
 def test_what_dropout_drops_depends_on_the_images_own_key_only():
     keys, order = jax.random.split(jax.random.key(2), 4), jnp.array([2, 0, 3, 1])
     masks = kept(keys, (9, 7, 3), 0.4)
