@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     from experiments.run import run
     from jaxseg.decoders import BaselineDecoder
 
-    return run(settings, BaselineDecoder)
+    return run(settings, lambda num_classes, _: BaselineDecoder(num_classes))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from jaxseg.decoders import start_at_prior
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
 
+# (num_classes, dropout_rate) -> decoder.
+MakeDecoder = Callable[[int, float], nn.Module]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -27,7 +30,7 @@ class Run:
       settings: complete settings.
       labels: the class names and colours.
       splits: 'train', 'val' and perhaps 'test': random-access sources.
-      model: the segmenter.
+      make_model: dropout rate -> the segmenter.
       variables: {'params', 'batch_stats'} at the start.
       stages: those that have epochs, by their number, 1 or 2.
       devices: the local devices.
@@ -36,13 +39,18 @@ class Run:
     settings: Settings
     labels: Labels
     splits: dict[str, Any]
-    model: nn.Module
+    make_model: Callable[[float], nn.Module]
     variables: Any
     stages: dict[int, train.Stage]
     devices: tuple[jax.Device, ...]
 
+    @property
+    def model(self) -> nn.Module:
+        """The segmenter that drops nothing."""
+        return self.make_model(0.0)
 
-def prepare(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> Run:
+
+def prepare(settings: Settings, make_decoder: MakeDecoder) -> Run:
     """Opens the data and the weights and checks that all fits, before any training.
 
     Raises:
@@ -57,8 +65,12 @@ def prepare(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> Run
         )
     labels, splits = open_data(settings)
     loader.steps_per_epoch(splits["train"], settings.batch_size)
-    model = Segmenter(ResNet(settings.encoder, axis_name=train.AXIS), make_decoder(labels.num_classes))
-    variables = initialise(model, settings)
+
+    def make_model(dropout_rate: float) -> nn.Module:
+        encoder = ResNet(settings.encoder, axis_name=train.AXIS)
+        return Segmenter(encoder, make_decoder(labels.num_classes, dropout_rate))
+
+    variables = initialise(make_model(0.0), settings)
     if settings.decoder_init == "prior" and settings.weights_scope == "encoder":
         counts = count_classes(splits["train"], labels.num_classes)
         decoder = start_at_prior(variables["params"]["decoder"], counts.sum(0))
@@ -67,12 +79,17 @@ def prepare(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> Run
     names = ("stage 1: encoder frozen", "stage 2: everything")
     stages = {
         index + 1: train.Stage(
-            names[index], settings.epochs[index], settings.learning_rate[index], index == 0, settings.schedule
+            names[index],
+            settings.epochs[index],
+            settings.learning_rate[index],
+            freeze_encoder=index == 0,
+            schedule=settings.schedule,
+            max_degrees=settings.max_degrees,
         )
         for index in range(2)
         if settings.epochs[index]
     }
-    return Run(settings, labels, splits, model, variables, stages, devices)
+    return Run(settings, labels, splits, make_model, variables, stages, devices)
 
 
 def open_data(settings: Settings) -> tuple[Labels, dict[str, Any]]:

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging as absl_logging
-from flax import linen as nn
 
-from experiments.prepare import Run, prepare
+from experiments.prepare import MakeDecoder, Run, prepare
 from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, differences, to_json
 from experiments.stages import Records, resume, train_stages
@@ -23,12 +22,12 @@ from jaxseg.data import loader
 from jaxseg.log import MetricsLog
 
 
-def run(settings: Settings, make_decoder: Callable[[int], nn.Module]) -> int:
+def run(settings: Settings, make_decoder: MakeDecoder) -> int:
     """Trains, evaluates and draws, or goes on with a run that was stopped; returns the exit code.
 
     Args:
       settings: complete settings.
-      make_decoder: num_classes -> decoder.
+      make_decoder: (num_classes, dropout_rate) -> decoder.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
     jax.config.update("jax_debug_nans", settings.debug_nans)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -153,8 +154,9 @@ def train_one_stage(
 
     place = progress.epoch, progress.updates
     batches = _batches(run, number, done)
+    key, model = jax.random.fold_in(jax.random.key(settings.seed), 1), run.make_model(settings.dropout[number - 1])
     events = train.run_stage(
-        run.model, tx, state, stage, batches, steps, evaluate, run.devices, start=place, wants_state=wants_state
+        model, tx, state, stage, key, batches, steps, evaluate, run.devices, start=place, wants_state=wants_state
     )
     images = {"total": stage.epochs * steps * settings.batch_size, "initial": done * settings.batch_size}
     with tqdm(**images, desc=stage.name, unit="img", disable=None, smoothing=0.1) as bar:

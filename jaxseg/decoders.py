@@ -82,7 +82,7 @@ class ImprovedDecoder(nn.Module):
             )
             x = nn.relu(norm(x))
         x = x.astype(jnp.float32)
-        if train and keys is not None:
+        if train and keys is not None and self.dropout_rate:
             x = dropout(x, keys, self.dropout_rate)
         return nn.Conv(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x)
 

@@ -15,6 +15,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxseg.augment import random_rotate
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.metrics import confusion_matrix, mean_iou
 
@@ -52,6 +53,7 @@ class Stage:
       learning_rate: Adam's step size, or its highest value under a schedule.
       freeze_encoder: neither the encoder's parameters nor its batch statistics move.
       schedule: 'constant' or 'cosine'; see `jaxseg.optimizer.make_schedule`.
+      max_degrees: each image is rotated by an angle drawn up to it, in either direction.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Stage:
     learning_rate: float
     freeze_encoder: bool
     schedule: str = "constant"
+    max_degrees: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +101,31 @@ class NonFiniteLossError(FloatingPointError):
         self.step, self.index = step, index
 
 
+def image_keys(key: jax.Array, step: jax.Array, number: int, axis_name: str | None = None) -> jax.Array:
+    """A key for each image of a batch: a function of the step and the image's place in the global batch.
+
+    Args:
+      key: the run's.
+      step: () integer, the updates made before.
+      number: the images of this device.
+      axis_name: the pmap axis, or None. The device only tells which part of the batch it has.
+
+    Returns:
+      (number,) keys.
+    """
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * number
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), first + jnp.arange(number))
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
+    key: jax.Array,
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
     freeze_encoder: bool,
+    max_degrees: float = 0.0,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update by one batch, or by one device's part of it.
@@ -112,24 +133,32 @@ def train_step(
     Args:
       state: the state before.
       batch: 'image' (N, H, W, 3) uint8, 'label' (N, H, W) integer; other entries are ignored.
+      key: the run's, the same for all steps; see `image_keys`.
       model: the segmenter; its batch norm must average over the same `axis_name`.
       tx: the stage's optimizer, that of `state.opt_state`.
       freeze_encoder: see `Segmenter`.
+      max_degrees: see `jaxseg.augment.random_rotate`; with 0 no image is touched.
       axis_name: the pmap axis, or None.
 
     Returns:
       The state after, and {'loss': () float32}, both of the global batch and equal on all devices.
     """
+    image, label = batch["image"], batch["label"]
+    keys = image_keys(key, state.step, len(image), axis_name)
+    for_rotation, for_dropout = (jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in range(2))
+    if max_degrees:
+        image, label = jax.vmap(random_rotate, (0, 0, 0, None))(for_rotation, image, label, max_degrees)
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         logits, updates = model.apply(
             {"params": params, "batch_stats": state.batch_stats},
-            batch["image"],
+            image,
             train=True,
             freeze_encoder=freeze_encoder,
+            keys=for_dropout,
             mutable=["batch_stats"],
         )
-        return pixel_cross_entropy(logits, batch["label"], axis_name=axis_name), updates["batch_stats"]
+        return pixel_cross_entropy(logits, label, axis_name=axis_name), updates["batch_stats"]
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     if axis_name is not None:
@@ -179,7 +208,7 @@ def eval_step(
 
 
 def pmap_step(
-    step: Callable, devices: Sequence[jax.Device], *, donate: bool = False, per_image: bool = False
+    step: Callable, devices: Sequence[jax.Device], *, donate: bool = False, per_image: bool = False, keyed: bool = False
 ) -> Callable:
     """Compiles `step(state, batch)` for all devices: the state replicated, without an axis of its own, the batch split.
 
@@ -188,14 +217,16 @@ def pmap_step(
       devices: the local devices.
       donate: the state's buffers are reused for the output; the caller's state is gone.
       per_image: outputs keep the leading axes (devices, images per device).
+      keyed: the step is `step(state, batch, key)`, the key the same on all devices.
 
     Under `jax.debug_nans` the first device computes the parts of all, which gives the same: of a pmap, JAX cannot tell
     the operation that gave the first NaN.
     """
-    axes = {"axis_name": AXIS, "in_axes": (None, 0), "out_axes": 0 if per_image else None}
+    in_axes = (None, 0, None) if keyed else (None, 0)
+    axes = {"axis_name": AXIS, "in_axes": in_axes, "out_axes": 0 if per_image else None}
     if jax.config.jax_debug_nans:
         together = jax.jit(jax.vmap(step, **axes))
-        return lambda state, batch: together(*jax.device_put((state, batch), devices[0]))
+        return lambda *arguments: together(*jax.device_put(arguments, devices[0]))
     return jax.pmap(step, **axes, devices=devices, donate_argnums=(0,) if donate else ())
 
 
@@ -243,6 +274,7 @@ def run_stage(
     tx: optax.GradientTransformation,
     state: TrainState,
     stage: Stage,
+    key: jax.Array,
     train_batches: Iterable[Batch],
     steps_per_epoch: int,
     evaluate: Callable[[Any], np.ndarray | None],
@@ -257,6 +289,7 @@ def run_stage(
       tx: the stage's optimizer.
       state: the state to start from; its buffers are donated.
       stage: the stage.
+      key: the run's; see `train_step`.
       train_batches: host batches, those of the updates that are still to be made.
       steps_per_epoch: updates in an epoch.
       evaluate: {'params', 'batch_stats'} -> (C, C) int64 confusion matrix of the validation split, or None if it broke
@@ -272,8 +305,15 @@ def run_stage(
     Raises:
       NonFiniteLossError: the loss is not finite.
     """
-    step_fn = functools.partial(train_step, model=model, tx=tx, freeze_encoder=stage.freeze_encoder, axis_name=AXIS)
-    step_fn = pmap_step(step_fn, devices, donate=True)
+    step_fn = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        freeze_encoder=stage.freeze_encoder,
+        max_degrees=stage.max_degrees,
+        axis_name=AXIS,
+    )
+    step_fn, key = pmap_step(step_fn, devices, donate=True, keyed=True), replicate(key, devices)
     # Where the images of the batches under way come from: a loss is known only later.
     under_way: collections.deque = collections.deque()
     batches = batches_on_devices(_keep_index(train_batches, under_way), devices)
@@ -285,7 +325,7 @@ def run_stage(
             if update and wants_state():
                 yield from _late(epoch, pending)
                 yield Halfway(epoch, update, state)
-            state, metrics = step_fn(state, next(batches))
+            state, metrics = step_fn(state, next(batches), key)
             step += 1
             pending.append((step, metrics, under_way.popleft()))
             if len(pending) > LAG:

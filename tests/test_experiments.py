@@ -172,7 +172,7 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
         checkpoint.save(manager, state, 0.5, {})
     for scope, kept in (("encoder", False), ("all", True)):
         argv = [*arguments(folder, tmp_path / "new"), *options, "--weights-scope", scope]
-        prepared = prepare(parse("baseline", "", argv), BaselineDecoder).variables
+        prepared = prepare(parse("baseline", "", argv), lambda number, _: BaselineDecoder(number)).variables
         jax.tree.map(np.testing.assert_array_equal, prepared["params"]["encoder"], encoder["params"])
         jax.tree.map(np.testing.assert_array_equal, prepared["batch_stats"]["encoder"], encoder["batch_stats"])
         ones = [bool(np.all(leaf == 1)) for leaf in jax.tree.leaves(prepared["params"]["decoder"])]

@@ -10,7 +10,7 @@ ALLOWED = {
     "jaxseg.resnet": {"jaxseg.layers"},
     "jaxseg.pretrained": {"jaxseg.checkpoint", "jaxseg.download", "jaxseg.resnet", "jaxseg.torchfile"},
     "jaxseg.decoders": {"jaxseg.layers"},
-    "jaxseg.train": {"jaxseg.losses", "jaxseg.metrics"},
+    "jaxseg.train": {"jaxseg.augment", "jaxseg.losses", "jaxseg.metrics"},
     "jaxseg.plots.__init__": {f"jaxseg.plots.{name}" for name in ("architecture", "filtering", "page", "runs")},
     "jaxseg.plots.architecture": {"jaxseg.plots.page"},
     "jaxseg.plots.filtering": {"jaxseg.plots.page"},

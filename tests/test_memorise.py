@@ -38,6 +38,6 @@ def test_eight_camvid_images_are_learnt_by_heart(shared):
         stage = train.Stage("by heart", 1, 1e-3, freeze)
         tx = make_optimizer(1e-3, freeze)
         state = train.start_stage(variables, tx, devices)
-        *_, end = train.run_stage(model, tx, state, stage, [batch] * steps, steps, evaluate, devices)
+        *_, end = train.run_stage(model, tx, state, stage, jax.random.key(0), [batch] * steps, steps, evaluate, devices)
         variables = {"params": end.state.params, "batch_stats": end.state.batch_stats}
     assert metrics.mean_iou(end.confusion) > 0.95

@@ -66,7 +66,7 @@ def rows(workdir):
 
 
 def last_state(folder, workdir):
-    run = prepare(complete(Settings(**settings_of(workdir)), "baseline"), BaselineDecoder)
+    run = prepare(complete(Settings(**settings_of(workdir)), "baseline"), lambda number, _: BaselineDecoder(number))
     with checkpoint.open_checkpoints(workdir / "checkpoints") as manager:
         return resume(run, manager)[0]
 

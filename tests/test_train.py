@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from jaxseg import metrics, train
-from jaxseg.decoders import BaselineDecoder
+from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.optimizer import make_optimizer
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
@@ -31,6 +31,7 @@ class SmallEncoder(nn.Module):
 
 MODEL = Segmenter(SmallEncoder(), BaselineDecoder(NUM_CLASSES, widths=(8, 8, 8, 8, 8)))
 DEVICES = jax.local_devices()
+KEY = jax.random.key(5)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,16 @@ def make_stage(freeze, epochs=1):
     return train.Stage("a stage", epochs, 1e-2, freeze)
 
 
-def take_steps(variables, freeze, devices, steps=3):
-    tx = make_optimizer(1e-2, freeze)
+def take_steps(variables, freeze, devices, steps=3, model=MODEL, max_degrees=0.0, learning_rate=1e-2):
+    tx = make_optimizer(learning_rate, freeze)
     state = train.start_stage(variables, tx, devices)
-    step_fn = functools.partial(train.train_step, model=MODEL, tx=tx, freeze_encoder=freeze, axis_name=train.AXIS)
-    step_fn = train.pmap_step(step_fn, devices, donate=True)
-    losses = []
+    step_fn = functools.partial(
+        train.train_step, model=model, tx=tx, freeze_encoder=freeze, max_degrees=max_degrees, axis_name=train.AXIS
+    )
+    step_fn = train.pmap_step(step_fn, devices, donate=True, keyed=True)
+    losses, key = [], train.replicate(KEY, devices)
     for batch in train.batches_on_devices([make_batch(seed) for seed in range(steps)], devices):
-        state, metric = step_fn(state, batch)
+        state, metric = step_fn(state, batch, key)
         losses.append(float(metric["loss"]))
     return state, losses
 
@@ -73,6 +76,47 @@ def test_four_devices_equal_one_after_three_steps(variables, freeze):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one.params, four.params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one.batch_stats, four.batch_stats)
     assert int(four.step) == 3
+
+
+IMPROVED = Segmenter(
+    SmallEncoder(), ImprovedDecoder(NUM_CLASSES, widths=(8, 8, 8, 8, 8), dropout_rate=0.3, axis_name=train.AXIS)
+)
+
+
+@pytest.fixture(scope="module")
+def improved_variables():
+    return jax.jit(IMPROVED.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_the_improved_model_is_the_same_on_one_two_and_four_devices(improved_variables, freeze):
+    options = {"steps": 20, "model": IMPROVED, "max_degrees": 30.0, "learning_rate": 3e-4}
+    one, one_losses = take_steps(improved_variables, freeze, DEVICES[:1], **options)
+    for number in (2, 4):
+        other, losses = take_steps(improved_variables, freeze, DEVICES[:number], **options)
+        np.testing.assert_allclose(losses, one_losses, rtol=1e-5)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+        jax.tree.map(close, (other.params, other.batch_stats), (one.params, one.batch_stats))
+
+
+def test_the_keys_of_a_batch_differ_by_image_and_by_step():
+    keys = jax.random.key_data(jnp.stack([train.image_keys(KEY, step, 4) for step in range(3)])).reshape(12, -1)
+    assert len({tuple(key) for key in keys.tolist()}) == 12
+    split = jax.pmap(lambda step: train.image_keys(KEY, step, 2, train.AXIS), train.AXIS, in_axes=None, axis_size=2)
+    np.testing.assert_array_equal(jax.random.key_data(split(1)).reshape(4, -1), keys[4:8])
+
+
+def test_rotation_and_dropout_follow_the_key(improved_variables):
+    def loss(key, **options):
+        tx = make_optimizer(1e-3, False)
+        state = train.start_stage(improved_variables, tx, DEVICES[:1])
+        step = functools.partial(train.train_step, model=IMPROVED, tx=tx, freeze_encoder=False, axis_name=train.AXIS)
+        step = train.pmap_step(functools.partial(step, **options), DEVICES[:1], keyed=True)
+        (batch,) = train.batches_on_devices([make_batch(0)], DEVICES[:1])
+        return float(step(state, batch, jax.random.key(key))[1]["loss"])
+
+    assert loss(0, max_degrees=30.0) == loss(0, max_degrees=30.0)
+    assert len({loss(0, max_degrees=30.0), loss(1, max_degrees=30.0), loss(0), loss(1)}) == 4
 
 
 def test_stage_one_moves_neither_the_encoder_nor_its_statistics(variables):
@@ -109,7 +153,7 @@ def test_stage_one_spends_no_time_on_the_encoders_backward_pass():
         opt_state = jax.eval_shape(tx.init, params)
         state = train.TrainState(jnp.array(0), params, shapes["batch_stats"], opt_state)
         step = functools.partial(train.train_step, model=model, tx=tx, freeze_encoder=freeze)
-        return flops(step, state, {"image": image, "label": label})
+        return flops(step, state, {"image": image, "label": label}, jax.random.key(0))
 
     encoder = {name: tree["encoder"] for name, tree in shapes.items()}
     forward = flops(ResNet().apply, encoder, image.astype(np.float32))
@@ -127,7 +171,9 @@ def run_stage(variables, freeze, epochs, steps, devices=DEVICES, evaluate=evalua
     tx = make_optimizer(1e-2, freeze)
     state = train.start_stage(variables, tx, devices)
     batches = (make_batch(seed) for seed in range(epochs * steps))
-    return train.run_stage(MODEL, tx, state, make_stage(freeze, epochs), batches, steps, evaluate, devices, **options)
+    return train.run_stage(
+        MODEL, tx, state, make_stage(freeze, epochs), KEY, batches, steps, evaluate, devices, **options
+    )
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -174,7 +220,7 @@ def test_a_state_from_halfway_goes_on_to_the_same_end(variables, made):
     batches = [make_batch(seed) for seed in range(made, epochs * steps)]
     state = train.replicate(saved, DEVICES)
     stage, tx = make_stage(False, epochs), make_optimizer(1e-2, False)
-    *_, other = train.run_stage(MODEL, tx, state, stage, batches, steps, evaluate, DEVICES, start=place)
+    *_, other = train.run_stage(MODEL, tx, state, stage, KEY, batches, steps, evaluate, DEVICES, start=place)
     assert (other.epoch, other.step) == (epochs, end.step)
     equal(other.state, end.state)
 
@@ -184,7 +230,7 @@ def test_a_validation_that_broke_off_is_made_up_for(variables):
     *_, halfway = run_stage(variables, True, 1, 2, evaluate=lambda _: None)
     assert isinstance(halfway, train.Halfway) and (halfway.epoch, halfway.updates) == (1, 2)
     tx = make_optimizer(1e-2, True)
-    resumed = train.run_stage(MODEL, tx, halfway.state, make_stage(True), [], 2, evaluate, DEVICES, start=(1, 2))
+    resumed = train.run_stage(MODEL, tx, halfway.state, make_stage(True), KEY, [], 2, evaluate, DEVICES, start=(1, 2))
     (done,) = resumed
     assert (done.epoch, done.step) == (1, 2)
     equal(done.state, end.state)
@@ -209,7 +255,7 @@ def test_a_loss_that_is_not_finite_names_the_images(variables):
     }
     state = train.start_stage(broken, tx, DEVICES)
     batches = [{**make_batch(seed), "index": np.arange(8) + 8 * seed} for seed in range(6)]
-    events = train.run_stage(MODEL, tx, state, make_stage(True), batches, 6, evaluate, DEVICES)
+    events = train.run_stage(MODEL, tx, state, make_stage(True), KEY, batches, 6, evaluate, DEVICES)
     with pytest.raises(train.NonFiniteLossError, match="nan at step 1") as caught:
         list(events)
     assert caught.value.step == 1
@@ -227,7 +273,7 @@ def test_metrics_are_read_late(variables, monkeypatch):
             read.append((self.step, len(started)))
             return 1.0
 
-    def step_fn(state, batch):
+    def step_fn(state, batch, key):
         started.append(batch)
         return state, {"loss": Loss(len(started))}
 

@@ -1,0 +1,24 @@
+"""Trains the report's improved model (batch norm, dropout, rotation), first its decoder, then everything."""
+
+import sys
+
+from experiments.settings import parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the experiment with the given arguments, or the command line's; returns the exit code."""
+    try:
+        settings = parse("improved", __doc__, argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Imported only now: jax takes seconds, and --help must not wait for it.
+    from experiments.run import run
+    from jaxseg.decoders import ImprovedDecoder
+    from jaxseg.train import AXIS
+
+    return run(settings, lambda num_classes, rate: ImprovedDecoder(num_classes, dropout_rate=rate, axis_name=AXIS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
