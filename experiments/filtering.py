@@ -10,6 +10,8 @@ import tyro
 
 # The file of each of the report's figures.
 FIGURES = {24: "24_blur.png", 25: "25_derivatives.png", 26: "26_magnitude.png"}
+# Taps of a kernel: beyond, it would be larger than most photographs.
+MAX_SIZE = 1001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,9 @@ def run(settings: Settings) -> None:
 
     if len(settings.more_sigmas) > 3:
         raise ValueError(f"--more-sigmas takes at most 3 values, not {len(settings.more_sigmas)}")
+    for size, sigma in _gaussians(settings):
+        if size > MAX_SIZE:
+            raise ValueError(f"the kernel of sigma {sigma:g} would have {size} taps: {MAX_SIZE} are the most")
     path = plots.sample_photograph() if settings.image is None else settings.image
     filtered = apply_filters(read_image(path), settings)
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,9 @@ def run(settings: Settings) -> None:
 
 def _gaussians(settings: Settings) -> list[tuple[int, float]]:
     """The size and sigma of each blur."""
-    more = [(2 * math.ceil(3 * sigma) + 1 if 0 < sigma < math.inf else 1, sigma) for sigma in settings.more_sigmas]
+    # An impossible sigma is refused where it is used; until then it must not become an impossible size.
+    reaches = [math.ceil(3 * min(sigma, MAX_SIZE)) if sigma > 0 else 0 for sigma in settings.more_sigmas]
+    more = [(2 * reach + 1, sigma) for reach, sigma in zip(reaches, settings.more_sigmas, strict=True)]
     return [(settings.size, settings.sigma), *more]
 
 
