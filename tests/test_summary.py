@@ -80,6 +80,22 @@ def test_blocks_are_the_sizes_between_image_and_logits(layers):
     ]
 
 
+def test_a_block_has_the_shape_of_its_last_layer():
+    """As in a bottleneck, whose first convolution has other channels, and the size of the stage before."""
+    shapes = {
+        "encoder/layer1_0/conv1": (8, 8, 64), "encoder/layer1_0/conv3": (8, 8, 256),
+        "encoder/layer2_0/conv1": (8, 8, 128), "encoder/layer2_0/conv3": (4, 4, 512),
+        "decoder/conv_transpose1": (8, 8, 5), "decoder/other": (8, 8, 6), "decoder/head": (8, 8, 9),
+    }  # fmt: skip
+    blocks = architecture.group_layers([Layer(name, "Conv", shape, 1) for name, shape in shapes.items()])
+    assert [tuple(block) for block in blocks] == [
+        ("encoder", "layer1", (8, 8, 256)),
+        ("encoder", "layer2", (4, 4, 512)),
+        ("decoder", "conv_transpose1", (8, 8, 6)),
+        ("decoder", "head", (8, 8, 9)),
+    ]
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_figure_writes_every_size_and_stays_on_its_page(layers, tmp_path, monkeypatch):
     texts, write = [], architecture.write

@@ -108,17 +108,21 @@ def plot_architecture(layers: Sequence[LayerRow], image_size: tuple[int, int], t
 
 
 def group_layers(layers: Sequence[LayerRow]) -> list[Block]:
-    """Groups layers of one part that follow each other and have one height and width; the last stays by itself."""
+    """Groups layers of one stage, then stages of one part and size that follow each other; the last layer stays alone.
 
-    def place(layer: LayerRow) -> tuple:
-        return layer is layers[-1], layer.name.partition("/")[0], layer.shape[:2]
+    By stage first: a bottleneck's first convolution, for one, still has the size of the stage before.
+    """
 
+    def stage(layer: LayerRow) -> tuple[str, str]:
+        part, name = layer.name.split("/")[:2]
+        return part, re.sub(r"_\d+$", "", name)
+
+    stages = [Block(*key, list(group)[-1].shape) for key, group in itertools.groupby(layers[:-1], stage)]
     blocks = []
-    for (_, part, _), group in itertools.groupby(layers, place):
+    for _, group in itertools.groupby(stages, lambda block: (block.part, block.shape[:2])):
         first, *rest = group
-        name = re.sub(r"_\d+$", "", first.name.split("/")[1])
-        blocks.append(Block(part, name, (rest[-1] if rest else first).shape))
-    return blocks
+        blocks.append(first._replace(shape=rest[-1].shape if rest else first.shape))
+    return [*blocks, Block(*stage(layers[-1]), layers[-1].shape)]
 
 
 def _lay_out(blocks: Sequence[Block]) -> list[_Placed]:
