@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.prepare import Run, count_classes
-from jaxseg import metrics, plots, train
+from jaxseg import metrics, plots, summary, train
 from jaxseg.data import loader
 from jaxseg.data.labels import Labels
 from jaxseg.log import read_metrics
@@ -77,6 +77,10 @@ def draw(run: Run, variables: Any, confusion: np.ndarray) -> None:
         row = (steps["step"], steps["loss"], epochs["epoch"], epochs["mean_iou"])
         history.append(plots.StageHistory(stage.name, *row))
     plots.plot_training(history, directory, first=min(run.stages))
+    settings = run.settings
+    layers = summary.list_layers(run.model, settings.image_size)
+    title = f"{settings.encoder} and {type(run.model.decoder).__name__}"
+    plots.plot_architecture(layers, settings.image_size, title, directory / "architecture.png")
     plots.plot_confusion(confusion, run.labels.names, directory / "confusion.png")
     source = run.splits["val"]
     counts = count_classes(source, run.labels.num_classes)

@@ -17,7 +17,7 @@ from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, differences, to_json
 from experiments.stages import Records, resume, train_stages
 from experiments.stop import Stop, catch_signals
-from jaxseg import checkpoint, metrics, optimizer, train
+from jaxseg import checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
 from jaxseg.log import MetricsLog
 
@@ -35,6 +35,9 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
     try:
         check_workdir(settings.workdir, {"settings": to_json(settings)})
         prepared = prepare(settings, make_decoder)
+        if settings.summary:
+            print(summary.format_summary(summary.list_layers(prepared.model, settings.image_size)))
+            return 0
         with claim_workdir(settings.workdir, meta := describe_run(prepared)):
             try:
                 stopped = execute(prepared, meta)

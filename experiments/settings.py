@@ -27,8 +27,8 @@ class Recipe:
 # By experiment and kind of data set. The report gives the baseline's and the improved model's parts, the rotation by up
 # to 30 degrees and the image size; epochs, learning rates, batch size and dropout rate are ours.
 RECIPES = {
-    # The encoder starts from random numbers, and it has to fit into ten minutes on two CPU cores. No stage 1:
-    # on random features an epoch of it ended at background everywhere (0.058); its time is better spent on stage 2.
+    # The encoder starts from random numbers, and it has to fit into ten minutes on two CPU cores. Its features are of
+    # little use to stage 1, which is therefore short and gentle.
     ("baseline", "shapes"): Recipe((96, 128), 8, (1, 8), (1e-4, 1e-3), "cosine", 0.98, "prior"),
     ("baseline", "folder"): Recipe((352, 448), 8, (10, 15), (1e-3, 3e-4), "constant", 0.999, "he"),
     ("improved", "shapes"): Recipe((96, 128), 8, (1, 8), (1e-3, 1e-3), "cosine", 0.98, "prior", 30.0, (0.0, 0.2)),
@@ -37,7 +37,7 @@ RECIPES = {
 
 
 # The options that change no number: a run may go on with others.
-_FREE = {"data_dir", "workdir", "save_minutes", "debug_nans"}
+_FREE = {"data_dir", "workdir", "save_minutes", "summary", "debug_nans"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Settings:
     goes on when it is given the same folder and options again."""
     save_minutes: float = 10.0
     """Minutes between checkpoints within an epoch; there is one after each epoch, and on Ctrl-C and SIGTERM."""
+    summary: bool = False
+    """Print the model's layers, their output shapes and parameters, and stop."""
     debug_nans: bool = False
     """Stop with a traceback at the operation that first gives a NaN; slower, on one device."""
 

@@ -14,7 +14,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from experiments import baseline
+from experiments import baseline, improved
 from experiments.prepare import prepare
 from experiments.settings import Settings, complete, parse
 from jaxseg import checkpoint
@@ -91,7 +91,7 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys, compil
         "checkpoints", "config.json", "events", "figures", "metrics.csv", "results.json",
     }  # fmt: skip
     assert {path.name for path in (workdir / "figures").iterdir()} == {
-        "training_stage_1.png", "training_stage_2.png", "confusion.png", "results_1.png",
+        "training_stage_1.png", "training_stage_2.png", "architecture.png", "confusion.png", "results_1.png",
     }  # fmt: skip
     results = json.loads((workdir / "results.json").read_text())
     labelled = sum((np.array(Image.open(path)) != 255).sum() for path in (folder / "val" / "seg").iterdir())
@@ -110,6 +110,13 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys, compil
     assert json.loads((workdir / "config.json").read_text())["names"] == ["dark", "bright"]
     # A second run does not write over the first.
     assert "is not empty" in fails(capsys, arguments(folder, workdir))
+
+
+def test_a_summary_trains_nothing_and_writes_nothing(folder, tmp_path, capsys):
+    assert improved.main([*arguments(folder, tmp_path / "run"), "--summary"]) == 0
+    out = capsys.readouterr().out
+    assert "decoder/bn5" in out and "11,176,512" in out
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_without_epochs_is_left_out_and_said_so(folder, tmp_path, capsys):
@@ -197,6 +204,9 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
         (["--adam-b2", "1"], "--adam-b2"),
         (["--seed", str(2**31)], "--seed"),
         (["--workdir", __file__], "is a file"),
+        (["--dropout", "0", "0.2"], "--dropout is for the improved model"),
+        (["--max-degrees", "200"], "--max-degrees"),
+        (["--save-minutes", "0"], "--save-minutes"),
         (["--weights-scope", "all"], "--weights none has no decoder"),
         (["--weights-scope", "all", "--weights", "imagenet"], "--weights imagenet has no decoder"),
     ],
