@@ -36,7 +36,9 @@ KEY = jax.random.key(5)
 
 @pytest.fixture(scope="module")
 def variables():
-    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    return jax.jit(MODEL.init, compiler_options={"xla_backend_optimization_level": 0})(
+        jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8)
+    )
 
 
 def make_batch(seed, number=8, size=(32, 64), label_size=None):
@@ -85,7 +87,9 @@ IMPROVED = Segmenter(
 
 @pytest.fixture(scope="module")
 def improved_variables():
-    return jax.jit(IMPROVED.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    return jax.jit(IMPROVED.init, compiler_options={"xla_backend_optimization_level": 0})(
+        jax.random.key(1), jnp.zeros((1, 32, 32, 3), jnp.uint8)
+    )
 
 
 @pytest.mark.parametrize("freeze", [True, False])
