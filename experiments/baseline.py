@@ -2,6 +2,7 @@
 
 import sys
 
+from experiments.memory import keep_freed_memory
 from experiments.settings import parse
 
 
@@ -12,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    keep_freed_memory()
     # Imported only now: jax takes seconds, and --help must not wait for it.
     from experiments.run import run
     from jaxseg.decoders import BaselineDecoder

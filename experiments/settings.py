@@ -29,9 +29,9 @@ class Recipe:
 RECIPES = {
     # The encoder starts from random numbers, and it has to fit into ten minutes on two CPU cores. Its features are of
     # little use to stage 1, which is therefore short and gentle.
-    ("baseline", "shapes"): Recipe((96, 128), 8, (1, 8), (1e-4, 1e-3), "cosine", 0.98, "prior"),
+    ("baseline", "shapes"): Recipe((96, 128), 8, (1, 9), (1e-4, 1e-3), "cosine", 0.98, "prior"),
     ("baseline", "folder"): Recipe((352, 448), 8, (10, 15), (1e-3, 3e-4), "constant", 0.999, "he"),
-    ("improved", "shapes"): Recipe((96, 128), 8, (1, 8), (1e-3, 1e-3), "cosine", 0.98, "prior", 30.0, (0.0, 0.2)),
+    ("improved", "shapes"): Recipe((96, 128), 8, (1, 9), (1e-3, 1e-3), "cosine", 0.98, "prior", 30.0, (0.0, 0.2)),
     ("improved", "folder"): Recipe((352, 448), 8, (10, 15), (1e-3, 3e-4), "constant", 0.999, "he", 30.0, (0.0, 0.2)),
 }
 
