@@ -14,6 +14,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 
 import pytest  # noqa: E402
 
+from experiments.memory import keep_freed_memory  # noqa: E402
+
+keep_freed_memory()
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 

@@ -108,8 +108,9 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys, compil
     np.testing.assert_allclose(rates, np.outer([1e-3, 3e-4], [1, 1, 0.75, 0.25]).ravel(), rtol=1e-6)
     assert max(float(row["mean_iou"]) for row in rows if row["kind"] == "epoch") == results["val"]["mean_iou"]
     assert json.loads((workdir / "config.json").read_text())["names"] == ["dark", "bright"]
-    # A second run does not write over the first.
-    assert "is not empty" in fails(capsys, arguments(folder, workdir))
+    # A run of other settings does not write over the first, and neither does one into a folder of something else.
+    assert "--seed 0 there, 1 here" in fails(capsys, [*arguments(folder, workdir), "--seed", "1"])
+    assert "is not empty" in fails(capsys, arguments(folder, folder))
 
 
 def test_a_summary_trains_nothing_and_writes_nothing(folder, tmp_path, capsys):

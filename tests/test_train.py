@@ -111,16 +111,18 @@ def test_the_keys_of_a_batch_differ_by_image_and_by_step():
 
 
 def test_rotation_and_dropout_follow_the_key(improved_variables):
-    def loss(key, **options):
-        tx = make_optimizer(1e-3, False)
-        state = train.start_stage(improved_variables, tx, DEVICES[:1])
-        step = functools.partial(train.train_step, model=IMPROVED, tx=tx, freeze_encoder=False, axis_name=train.AXIS)
-        step = train.pmap_step(functools.partial(step, **options), DEVICES[:1], keyed=True)
-        (batch,) = train.batches_on_devices([make_batch(0)], DEVICES[:1])
-        return float(step(state, batch, jax.random.key(key))[1]["loss"])
+    tx = make_optimizer(1e-3, True)
+    state = train.start_stage(improved_variables, tx, DEVICES[:1])
+    (batch,) = train.batches_on_devices([make_batch(0)], DEVICES[:1])
 
-    assert loss(0, max_degrees=30.0) == loss(0, max_degrees=30.0)
-    assert len({loss(0, max_degrees=30.0), loss(1, max_degrees=30.0), loss(0), loss(1)}) == 4
+    def losses(max_degrees, keys):
+        step = functools.partial(train.train_step, model=IMPROVED, tx=tx, freeze_encoder=True, axis_name=train.AXIS)
+        step = train.pmap_step(functools.partial(step, max_degrees=max_degrees), DEVICES[:1], keyed=True)
+        return [float(step(state, batch, jax.random.key(key))[1]["loss"]) for key in keys]
+
+    first, second, again = losses(30.0, (0, 1, 0))
+    assert first == again
+    assert len({first, second, *losses(0.0, (0, 1))}) == 4
 
 
 def test_stage_one_moves_neither_the_encoder_nor_its_statistics(variables):
@@ -149,7 +151,9 @@ def test_stage_one_spends_no_time_on_the_encoders_backward_pass():
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
 
     def flops(step, *args):
-        return jax.jit(step).lower(*args).compile().cost_analysis()["flops"]
+        # Unoptimised by LLVM, which counts the same in a third of the time.
+        unoptimised = {"xla_backend_optimization_level": 0}
+        return jax.jit(step).lower(*args).compile(unoptimised).cost_analysis()["flops"]
 
     def step_flops(freeze):
         tx = make_optimizer(1e-3, freeze)
