@@ -132,7 +132,8 @@ def _as_array(name: str, tensor: _Tensor, data: bytes) -> np.ndarray:
 
 def _check_digest(file: Any, path: Path) -> None:
     """Compares a name such as resnet18-9f26ff83.pth, as torchvision gives, with the file's sha256."""
-    expected = re.search(r"-([0-9a-f]{8})\.pth?$", path.name)
+    # Eight digits without a letter are rather a date, and somebody's own file.
+    expected = re.search(r"-(?=\d*[a-f])([0-9a-f]{8})\.pth?$", path.name)
     if expected is None:
         return
     file.seek(0)
@@ -140,7 +141,7 @@ def _check_digest(file: Any, path: Path) -> None:
     if not digest.startswith(expected[1]):
         raise _Refused(
             f"its sha256 starts with {digest[:8]}, not with {expected[1]} as its name says; "
-            "delete it and download it again, or rename it if you changed it"
+            "rename it if you changed it, or delete it and download it again"
         )
 
 

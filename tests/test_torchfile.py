@@ -371,11 +371,15 @@ def test_checks_the_digest_in_the_name(tmp_path):
     right = tmp_path / f"resnet18-{hashlib.sha256(data).hexdigest()[:8]}.pth"
     right.write_bytes(data)
     assert read_torch(right)["a"].shape == (100,)
-    wrong = tmp_path / "resnet18-01234567.pth"
+    wrong = tmp_path / "resnet18-0123456f.pth"
     wrong.write_bytes(data)
     with pytest.raises(ValueError) as error:
         read_torch(wrong)
-    assert_one_line(error, wrong, "01234567", hashlib.sha256(data).hexdigest()[:8], "download it again")
+    assert_one_line(error, wrong, "0123456f", hashlib.sha256(data).hexdigest()[:8], "download it again")
+
+
+def test_a_date_in_the_name_is_no_digest(tmp_path):
+    assert read_torch(good_file(tmp_path / "mine-20240131.pth"))["a"].shape == (100,)
 
 
 def test_the_shared_weights_equal_what_torch_loads(shared):
