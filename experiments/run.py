@@ -157,7 +157,7 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
             over = progress.epoch > run.stages[progress.stage].epochs
             place = "which is over" if over else f"epoch {progress.epoch}"
             print(f"going on after {step} updates: stage {progress.stage}, {place}")
-        with MetricsLog(workdir, run.labels.num_classes, rows, step) as log, catch_signals() as stop:
+        with catch_signals() as stop, MetricsLog(workdir, run.labels.num_classes, rows, step) as log:
             # One function for all splits and stages: it compiles once where the labels' sizes agree.
             evaluate = make_evaluate(run, stop)
             train_stages(run, resumed, lambda variables: evaluate(variables, "val"), Records(manager, log, meta, stop))
