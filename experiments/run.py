@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from absl import logging as absl_logging
 
+from experiments.compiled import keep_compiled_programs
 from experiments.prepare import MakeDecoder, Run, prepare
 from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, differences, to_json
@@ -31,6 +32,7 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
     jax.config.update("jax_debug_nans", settings.debug_nans)
+    keep_compiled_programs()
     go_on = f"the same command with --workdir {settings.workdir} goes on from the last checkpoint"
     try:
         check_workdir(settings.workdir, {"settings": to_json(settings)})
