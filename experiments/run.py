@@ -72,8 +72,9 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
     """Raises ValueError unless the workdir is missing, an empty folder, or that of a run of the same `meta`."""
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir {workdir} is a file: name a folder")
+    for path in (workdir, *workdir.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--workdir {workdir}: {path} is a file: name a folder")
     config = workdir / "config.json"
     if not config.exists():
         if workdir.is_dir() and any(workdir.iterdir()):

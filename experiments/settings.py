@@ -117,8 +117,8 @@ def parse(name: str, description: str, argv: list[str] | None = None) -> Setting
 
 def complete(settings: Settings, name: str) -> Settings:
     """Fills in the recipe and the workdir, and checks every value; raises ValueError as `parse` says."""
-    kind = settings.dataset.partition(":")[0]
-    if (name, kind) not in RECIPES or (kind == "folder") != settings.dataset.startswith("folder:"):
+    kind, _, directory = settings.dataset.partition(":")
+    if (name, kind) not in RECIPES or (kind == "folder") != bool(directory) or settings.dataset.endswith(":"):
         raise ValueError(f"unknown --dataset {settings.dataset!r}: use shapes or folder:DIR")
     if settings.weights is None and kind != "shapes":
         raise ValueError(

@@ -193,6 +193,9 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
     ("options", "said"),
     [
         (["--dataset", "cityscapes"], "cityscapes"),
+        (["--dataset", "shapes:x"], "shapes:x"),
+        (["--dataset", "folder"], "folder:DIR"),
+        (["--dataset", "folder:", "--weights", "none"], "folder:DIR"),
         (["--dataset", "folder:x"], "--weights"),
         (["--batch-size", "0"], "--batch-size"),
         (["--image-size", "0", "32"], "--image-size"),
@@ -205,6 +208,7 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
         (["--adam-b2", "1"], "--adam-b2"),
         (["--seed", str(2**31)], "--seed"),
         (["--workdir", __file__], "is a file"),
+        (["--workdir", __file__ + "/run"], "is a file"),
         (["--dropout", "0", "0.2"], "--dropout is for the improved model"),
         (["--max-degrees", "200"], "--max-degrees"),
         (["--save-minutes", "0"], "--save-minutes"),
