@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ALLOWED = {
     "jaxseg.resnet": {"jaxseg.layers"},
     "jaxseg.pretrained": {"jaxseg.checkpoint", "jaxseg.download", "jaxseg.resnet", "jaxseg.torchfile"},
+    "jaxseg.torchfile": {"jaxseg.torchpickle"},
     "jaxseg.decoders": {"jaxseg.layers"},
     "jaxseg.train": {"jaxseg.augment", "jaxseg.losses", "jaxseg.metrics"},
     "jaxseg.plots.__init__": {f"jaxseg.plots.{name}" for name in ("architecture", "filtering", "page", "runs")},
