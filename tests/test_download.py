@@ -16,7 +16,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from jaxseg import download, pretrained
+from jaxseg import download, misfit, pretrained
 from jaxseg.download import cache_folder, fetch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -316,7 +316,7 @@ def test_imagenet_is_loaded_from_the_file_that_came(server, tmp_path, monkeypatc
         {
             name: np.full(shape, 0.5, np.float32)
             for name, shape in (
-                (pretrained._torch_name(path), pretrained._torch_shape(shape))
+                (misfit.torch_name(path), misfit.torch_shape(shape))
                 for path, shape in pretrained.encoder_shapes("resnet18").items()
             )
         },
