@@ -107,7 +107,6 @@ def _check_digest(file: Any, path: Path) -> None:
     expected = re.search(r"-(?=\d*[a-f])([0-9a-f]{8})\.pth?$", path.name)
     if expected is None:
         return
-    file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(expected[1]):
         raise Refused(
@@ -200,10 +199,12 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     try:
         with path.open("rb") as file:
+            # First, so that of a download the right thing is said whatever its bytes are.
+            _check_digest(file, path)
+            file.seek(0)
             magic = file.read(4)
             if magic != b"PK\x03\x04" and magic[:1] != pickle.PROTO:
                 raise Refused(f"it is neither a zip file nor a pickle, as torch.save writes them; {SAVE_AGAIN}")
-            _check_digest(file, path)
             if magic[:1] != pickle.PROTO:
                 return _read_zip(file)
             # Mapped: reading more than there is allocates nothing.

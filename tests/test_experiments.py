@@ -18,6 +18,7 @@ from experiments import baseline, improved
 from experiments.prepare import prepare
 from experiments.settings import Settings, complete, parse
 from jaxseg import checkpoint
+from jaxseg.data import shapes
 from jaxseg.decoders import BaselineDecoder
 from jaxseg.pretrained import encoder_shapes, load_encoder, save_torch
 from jaxseg.train import TrainState
@@ -143,6 +144,16 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, capsys):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"not a checkpoint")
     assert str(weights) in fails(capsys, [*arguments(folder, tmp_path / "run"), "--weights", str(weights)])
+
+
+@pytest.mark.parametrize("scope", ["encoder", "all"])
+def test_wrong_weights_are_refused_before_the_images_are_looked_at(folder, tmp_path, capsys, monkeypatch, scope):
+    """Which takes minutes: and a bad image would be told of first."""
+    (folder / "val" / "img" / "1.jpg").write_bytes(b"bad")
+    options = ["--weights", str(tmp_path / "absent"), "--weights-scope", scope]
+    assert str(tmp_path / "absent") in fails(capsys, [*arguments(folder, tmp_path / "run"), *options])
+    monkeypatch.setattr(shapes, "open_shapes", lambda _: pytest.fail("the pictures are rendered"))
+    assert str(tmp_path / "absent") in fails(capsys, ["--workdir", str(tmp_path / "run"), *options])
 
 
 def test_weights_of_another_encoder_are_answered_with_its_name(folder, tmp_path, capsys):

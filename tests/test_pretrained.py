@@ -461,9 +461,12 @@ def test_one_checkpoint_of_a_run_is_loaded_whether_it_is_the_best_or_not(run, se
     assert_equal(load_encoder("resnet18", workdir / "checkpoints" / "2"), encoder)
     monkeypatch.chdir(workdir / "checkpoints" / "2")
     assert_equal(load_encoder("resnet18", "."), encoder)
-    # A run may have a number for a name.
-    numbered = shutil.copytree(workdir, tmp_path / "2")
-    assert_equal(load_model("resnet18", numbered, segmenter(5)), best)
+    # A run may have a number for a name, and so may a folder of checkpoints, or one of nothing.
+    for source, name in ((workdir, "2"), (workdir / "checkpoints", "02")):
+        numbered = shutil.copytree(source, tmp_path / name)
+        assert_equal(load_model("resnet18", numbered, segmenter(5)), best)
+    (tmp_path / "3").mkdir()
+    assert "holds no checkpoint" in refusal(load_encoder, "resnet18", tmp_path / "3")
 
 
 def test_a_checkpoint_from_before_checksums_is_read_and_said_to_be_unchecked(run, segmenter, tmp_path, capsys):
