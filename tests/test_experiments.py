@@ -3,6 +3,7 @@
 import collections
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from jaxseg import checkpoint
 from jaxseg.data import shapes
 from jaxseg.decoders import BaselineDecoder
 from jaxseg.pretrained import encoder_shapes, load_encoder, save_torch
+from jaxseg.resnet import VARIANTS, Bottleneck
 from jaxseg.train import TrainState
 
 
@@ -112,6 +114,44 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys, compil
     # A run of other settings does not write over the first, and neither does one into a folder of something else.
     assert "--seed 0 there, 1 here" in fails(capsys, [*arguments(folder, workdir), "--seed", "1"])
     assert "is not empty" in fails(capsys, arguments(folder, folder))
+
+
+@pytest.fixture
+def shallow_resnet50(monkeypatch):
+    """A ResNet-50 with one bottleneck block in each group: compiling all sixteen takes most of a minute."""
+    monkeypatch.setitem(VARIANTS, "resnet50", (Bottleneck, (1, 1, 1, 1)))
+    monkeypatch.setattr("experiments.run.draw", lambda *_: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_resnet_50_trains(folder, tmp_path, capsys, shallow_resnet50):
+    """From a file of weights, both stages; tests/test_resnet.py has all its blocks."""
+    workdir, weights = tmp_path / "run", tmp_path / "resnet50.safetensors"
+    shutil.rmtree(folder / "test")
+    draw = np.random.default_rng(0).standard_normal
+    flat = {
+        path: draw(shape, np.float32) / np.float32(np.prod(shape[:-1]) ** 0.5)
+        if len(shape) == 4
+        else np.ones(shape, np.float32)
+        for path, shape in encoder_shapes("resnet50").items()
+    }
+    save_torch(traverse_util.unflatten_dict(flat), weights)
+    options = ["--encoder", "resnet50", "--weights", str(weights), "--batch-size", "8", "--epochs", "1", "1"]
+    assert baseline.main([*arguments(folder, workdir), *options]) == 0
+    total = sum(leaf.size for path, leaf in flat.items() if path[0] == "params")
+    assert f"keeps encoder ({total:,} parameters)" in capsys.readouterr().out
+    rows = list(csv.DictReader((workdir / "metrics.csv").read_text().splitlines()))
+    assert [row["stage"] for row in rows if row["kind"] == "step"] == ["1", "2"]
+    kernel = ("params", "layer3_0", "conv3", "kernel")
+    kernels = [
+        traverse_util.flatten_dict(load_encoder("resnet50", workdir / "checkpoints" / number))[kernel]
+        for number in "12"
+    ]
+    np.testing.assert_array_equal(kernels[0], flat[kernel])
+    assert kernels[1].shape == (1, 1, 256, 1024) and not np.array_equal(*kernels)
 
 
 def test_a_summary_trains_nothing_and_writes_nothing(folder, tmp_path, capsys):

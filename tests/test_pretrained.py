@@ -1,6 +1,7 @@
 """pretrained.py: what fits goes in to the bit and comes out again, and what does not is named."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -83,6 +84,52 @@ def test_every_leaf_is_the_tensor_of_torchvisions_name(tensors):
     for o, i, row, column in np.ndindex(*weight.shape):
         assert kernel[row, column, i, o] == weight[o, i, row, column]
     assert all(isinstance(leaf, np.ndarray) and leaf.dtype == np.float32 for leaf in jax.tree.leaves(got))
+
+
+def torchvisions_resnet50():
+    """Its state_dict, name -> shape, as torchvision/models/resnet.py builds it: independent of this package."""
+    shapes = {"conv1.weight": (64, 3, 7, 7), "bn1": 64, "fc.weight": (1000, 2048), "fc.bias": (1000,)}
+    for layer, blocks, inputs, width, outputs in (
+        ("layer1", 3, 64, 64, 256),
+        ("layer2", 4, 256, 128, 512),
+        ("layer3", 6, 512, 256, 1024),
+        ("layer4", 3, 1024, 512, 2048),
+    ):
+        for block in range(blocks):
+            shapes |= {
+                f"{layer}.{block}.conv1.weight": (width, outputs if block else inputs, 1, 1),
+                f"{layer}.{block}.bn1": width,
+                f"{layer}.{block}.conv2.weight": (width, width, 3, 3),
+                f"{layer}.{block}.bn2": width,
+                f"{layer}.{block}.conv3.weight": (outputs, width, 1, 1),
+                f"{layer}.{block}.bn3": outputs,
+            }
+        shapes |= {f"{layer}.0.downsample.0.weight": (outputs, inputs, 1, 1), f"{layer}.0.downsample.1": outputs}
+    state = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, tuple):
+            state[name] = shape
+        else:
+            state |= {f"{name}.{leaf}": (shape,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+            state[f"{name}.num_batches_tracked"] = ()
+    return state
+
+
+def test_torchvisions_resnet50_goes_in_and_comes_out_name_by_name(tmp_path):
+    state = torchvisions_resnet50()
+    # torchvision's documentation: 25,557,032 parameters; its file has 320 entries.
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert len(state) == 320
+    assert sum(math.prod(shape) for name, shape in state.items() if not name.endswith(statistics)) == 25_557_032
+    values = {name: np.full(shape, index, np.float32) for index, (name, shape) in enumerate(state.items())}
+    variables = load_encoder("resnet50", write_safetensors(tmp_path / "a.safetensors", values))
+    save_torch(variables, tmp_path / "b.safetensors")
+    saved = safetensors.numpy.load_file(tmp_path / "b.safetensors")
+    assert saved.keys() == {name for name in state if not name.startswith("fc.")}
+    for name, array in saved.items():
+        assert array.shape == state[name]
+        if not name.endswith("num_batches_tracked"):
+            assert (array == values[name]).all(), name
 
 
 @pytest.mark.parametrize("variant", ["resnet18", "resnet50"])
