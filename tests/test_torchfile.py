@@ -547,7 +547,10 @@ def test_a_pickle_cannot_keep_the_reader_busy_or_overflow_its_stack(tmp_path):
 def test_reads_every_protocol_of_the_pickler(tmp_path, protocol):
     """Also what stands beside a state_dict: numbers of every length, texts, lists, dicts."""
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
-    beside = {"epoch": 3, 7: [1.5, -1, 300, 70_000, 2**40, -(2**100), True, None, b"x" * 300 if protocol > 2 else ""]}
+    beside = {
+        "epoch": 3,
+        7: [1.5, -1, 300, 70_000, 2**40, -(2**100), True, None, *([b"x", b"x" * 300] if protocol > 2 else [])],
+    }
     beside |= {"name": "é" * 300, "nested": {"betas": (0.9, 0.999), "empty": ((), [], {})}, "4": (1, 2, 3, 4)}
     state = torch.nn.Conv2d(3, 4, 3).state_dict()
     torch.save({"state_dict": state, **beside}, tmp_path / "a.pth", pickle_protocol=protocol)
