@@ -95,6 +95,7 @@ def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: Make
       ValueError: something does not fit, in any process; the message is one line for the user.
       OSError: a file or folder cannot be read.
     """
+    check_equal(processes, {"settings": to_json(settings)})
     with processes.share_mistakes():
         if processes.first:
             check_workdir(settings.workdir, {"settings": to_json(settings)})
@@ -102,11 +103,16 @@ def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: Make
     with processes.share_mistakes():
         if not processes.first:
             prepared = prepare(settings, make_decoder, processes)
-    there, *others = map(json.loads, processes.gather(json.dumps(describe_run(prepared))))
+    check_equal(processes, describe_run(prepared))
+    return dataclasses.replace(prepared, variables=processes.arrays_from_first(prepared.variables))
+
+
+def check_equal(processes: Processes, meta: dict[str, Any]) -> None:
+    """Raises ValueError, in all processes, unless all have the same `meta`."""
+    there, *others = map(json.loads, processes.gather(json.dumps(meta)))
     for index, here in enumerate(others, 1):
         if found := differ(there, here):
             raise ValueError(f"process 0 (there) and process {index} (here) differ: {'; '.join(found)}")
-    return dataclasses.replace(prepared, variables=processes.arrays_from_first(prepared.variables))
 
 
 def describe_run(run: Run) -> dict[str, Any]:
