@@ -159,6 +159,8 @@ def start(settings: Settings) -> Processes:
             "process_id": settings.process_id,
             "cluster_detection_method": "deactivate",
         }
+        who = f"process {settings.process_id} of {settings.num_processes}"
+        print(f"{who}: waits at {settings.coordinator} for the others, five minutes at most", file=sys.stderr)
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=_GRACE)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
