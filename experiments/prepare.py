@@ -74,14 +74,16 @@ def prepare(settings: Settings, make_decoder: MakeDecoder, processes: Processes 
         raise ValueError(
             f"--batch-size {settings.batch_size} cannot be split over {len(devices)} devices: use {fitting}"
         )
-    labels, splits = open_data(settings)
-    loader.steps_per_epoch(splits["train"], settings.batch_size)
+    labels, open_splits = find_data(settings)
 
     def make_model(dropout_rate: float) -> nn.Module:
         encoder = ResNet(settings.encoder, axis_name=train.AXIS)
         return Segmenter(encoder, make_decoder(labels.num_classes, dropout_rate))
 
+    # First the weights: a wrong file is refused before thousands of images are looked at.
     variables = initialise(make_model(0.0), settings)
+    splits = open_splits()
+    loader.steps_per_epoch(splits["train"], settings.batch_size)
     if settings.decoder_init == "prior" and settings.weights_scope == "encoder":
         counts = count_classes(splits["train"], labels.num_classes)
         decoder = start_at_prior(variables["params"]["decoder"], counts.sum(0))
@@ -103,15 +105,22 @@ def prepare(settings: Settings, make_decoder: MakeDecoder, processes: Processes 
     return Run(settings, labels, splits, make_model, variables, stages, devices, processes)
 
 
-def open_data(settings: Settings) -> tuple[Labels, dict[str, Any]]:
-    """Opens, prepares or checks the data set that the settings name; raises as `prepare` says."""
+def find_data(settings: Settings) -> tuple[Labels, Callable[[], dict[str, Any]]]:
+    """Finds the data set that the settings name: its classes, at once, and a function that opens its splits.
+
+    Both raise as `prepare` says. The second renders the pictures or looks at every file, which can take minutes.
+    """
     kind, _, directory = settings.dataset.partition(":")
     if kind == "shapes":
         colours = ((0, 0, 0), *default_colours(len(shapes.NAMES) - 1))
-        return Labels(shapes.NAMES, colours), shapes.open_shapes(settings.data_dir)
+        return Labels(shapes.NAMES, colours), lambda: shapes.open_shapes(settings.data_dir)
     labels, splits = folder.open_folder(pathlib.Path(directory), settings.num_classes)
-    folder.check_folder(splits, labels.num_classes)
-    return labels, splits
+
+    def check_splits() -> dict[str, Any]:
+        folder.check_folder(splits, labels.num_classes)
+        return splits
+
+    return labels, check_splits
 
 
 def initialise(model: nn.Module, settings: Settings) -> Any:

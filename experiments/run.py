@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from absl import logging as absl_logging
 
+from experiments.compiled import keep_compiled_programs
 from experiments.prepare import MakeDecoder, Run, prepare
 from experiments.processes import Agreement, Processes, start
 from experiments.results import draw, print_table, write_results
@@ -33,6 +34,7 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
     jax.config.update("jax_debug_nans", settings.debug_nans)
+    keep_compiled_programs()
     try:
         processes = start(settings)
     except ValueError as error:
@@ -124,8 +126,9 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
     """Raises ValueError unless the workdir is missing, an empty folder, or that of a run of the same `meta`."""
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir {workdir} is a file: name a folder")
+    for path in (workdir, *workdir.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--workdir {workdir}: {path} is a file: name a folder")
     config = workdir / "config.json"
     if not config.exists():
         if workdir.is_dir() and any(workdir.iterdir()):

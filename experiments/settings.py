@@ -56,10 +56,11 @@ class Settings:
     """The encoder, with torchvision's geometry."""
     weights: str | None = None
     """The encoder's weights: `imagenet` (downloaded from torchvision once, then cached), a file of the same ResNet
-    (.pth or .pt as PyTorch saves it, or .safetensors, torchvision's or timm's), the workdir of a run of ours (its best
-    checkpoint), or `none` for a random encoder. Must be given for every data set but `shapes`."""
+    (.pth or .pt as PyTorch saves it, or .safetensors, torchvision's or timm's), the workdir of a run of ours or its
+    folder checkpoints/ (the best checkpoint), one checkpoint in it such as RUN/checkpoints/7, or `none` for a random
+    encoder. Must be given for every data set but `shapes`."""
     weights_scope: Literal["encoder", "all"] = "encoder"
-    """What is taken from a workdir given as --weights: its encoder, or the decoder too (`all`)."""
+    """What is taken from a run given as --weights: its encoder, or the decoder too (`all`)."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels to which images are resized for training and validation."""
     batch_size: int | None = None
@@ -127,12 +128,13 @@ def parse(name: str, description: str, argv: list[str] | None = None) -> Setting
 
 def complete(settings: Settings, name: str) -> Settings:
     """Fills in the recipe and the workdir, and checks every value; raises ValueError as `parse` says."""
-    kind = settings.dataset.partition(":")[0]
-    if (name, kind) not in RECIPES or (kind == "folder") != settings.dataset.startswith("folder:"):
+    kind, _, directory = settings.dataset.partition(":")
+    if (name, kind) not in RECIPES or (kind == "folder") != bool(directory) or settings.dataset.endswith(":"):
         raise ValueError(f"unknown --dataset {settings.dataset!r}: use shapes or folder:DIR")
     if settings.weights is None and kind != "shapes":
         raise ValueError(
-            "--weights is missing: give imagenet, a file, the workdir of a run, or none for a random encoder"
+            "--weights is missing: give imagenet, a .pth, .pt or .safetensors file, the workdir of a run or one of its"
+            " checkpoints, or none for a random encoder"
         )
     recipe = dataclasses.asdict(RECIPES[name, kind])
     values = {option: value for option, value in recipe.items() if getattr(settings, option) is None}

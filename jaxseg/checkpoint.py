@@ -1,13 +1,17 @@
 """Orbax: the best and the last checkpoints of a run, each checked against its checksums when it is read."""
 
+import contextlib
 import pathlib
 import shutil
+import sys
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 BEST, LAST = "best", "last"
@@ -107,11 +111,12 @@ def restore_state(manager: ocp.CheckpointManager, which: str | int, template: An
     return template.replace(**restored["model"], **restored["train"])
 
 
-def read_best(run: pathlib.Path) -> Any:
-    """Reads the best model of a run that may be going on; changes nothing there.
+def read_model(run: pathlib.Path) -> Any:
+    """Reads the best model of a run that may be going on, or the one of a checkpoint; changes nothing there.
 
     Args:
-      run: the workdir of a run, or its folder of checkpoints.
+      run: the workdir of a run or its folder of checkpoints, or one checkpoint in it, such as `checkpoints/7`. One
+        that an older version saved without checksums is read too, unchecked, and a line on stderr says so.
 
     Returns:
       {'params', 'batch_stats'}, numpy arrays.
@@ -119,14 +124,17 @@ def read_best(run: pathlib.Path) -> Any:
     Raises:
       ValueError: there is no checkpoint, or it cannot be read; in one line.
     """
-    directory = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    # Not `open_checkpoints`: it would remove what another program is just writing.
-    options = ocp.CheckpointManagerOptions(best_fn=_mean_iou, read_only=True, multiprocessing_options=_alone())
-    with ocp.CheckpointManager(directory.resolve(), options=options) as manager:
-        number = manager.best_step()
+    directory, number = (run / "checkpoints" if (run / "checkpoints").is_dir() else run).resolve(), None
+    if directory.name.isdecimal() and any((directory / item).exists() for item in ("model", "meta")):
+        directory, number = directory.parent, int(directory.name)
+    with _without_warnings(), _open_to_read(directory) as manager:
+        number = manager.best_step() if number is None else number
         if number is None:
-            raise ValueError(f"{directory} holds no checkpoint: name the workdir of a run that has finished an epoch")
-        return _restore(manager, number, {"model": None})["model"]
+            raise ValueError(
+                f"{directory} holds no checkpoint: name the workdir of a run that has finished an epoch, its folder of"
+                " checkpoints or one checkpoint in it"
+            )
+        return _restore(manager, number, {"model": None}, unchecked=True)["model"]
 
 
 def read_meta(manager: ocp.CheckpointManager, which: str | int) -> dict[str, Any]:
@@ -161,21 +169,53 @@ def _number(manager: ocp.CheckpointManager, which: str | int) -> int:
     return number
 
 
-def _restore(manager: ocp.CheckpointManager, number: int, templates: dict[str, Any]) -> Any:
-    """Reads the items of `templates`, and 'meta'; compares them with their checksums: Orbax itself has none."""
+def _restore(manager: ocp.CheckpointManager, number: int, templates: dict[str, Any], unchecked: bool = False) -> Any:
+    """Reads the items of `templates`, and 'meta'; compares them with their checksums: Orbax itself has none.
+
+    Args:
+      manager: of the checkpoints.
+      number: the checkpoint's.
+      templates: item -> a tree of arrays or shapes, or None for what is there.
+      unchecked: whether a checkpoint without checksums is good too.
+    """
     # Without a template Orbax gives what is there.
     templates = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), templates)
     items = {name: ocp.args.StandardRestore(template) for name, template in templates.items()}
     damaged = f"the checkpoint {manager.directory / str(number)} is damaged, or of another model"
     try:
         restored = manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
-        checksums = restored["meta"]["checksums"]
-        wrong = [name for name in templates if _checksum(restored[name]) != checksums[name]]
+        checksums = restored["meta"].get("checksums")
+        wrong = [name for name in templates if checksums and _checksum(restored[name]) != checksums[name]]
     except Exception as error:  # A damaged checkpoint can raise almost anything.
         raise ValueError(f"{damaged} ({_first_line(error)})") from error
+    if checksums is None:
+        older = f"{manager.directory / str(number)} has no checksums, an older version saved it"
+        if not unchecked:
+            raise ValueError(f"the checkpoint {older}: only --weights can read it")
+        print(f"note: {older}: it is read unchecked", file=sys.stderr)
+        return restored
     if wrong:
         raise ValueError(f"{damaged} (the checksum of its {' and '.join(wrong)} is wrong)")
     return restored
+
+
+def _open_to_read(directory: pathlib.Path) -> ocp.CheckpointManager:
+    """Not `open_checkpoints`, which would remove what another program is just writing."""
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(best_fn=_mean_iou, read_only=True, multiprocessing_options=_alone()),
+    )
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps Orbax from warning that a folder is only read."""
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(before)
 
 
 def _checksum(tree: Any) -> str:

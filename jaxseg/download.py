@@ -30,10 +30,17 @@ class _Failed(Exception):
 
 
 def cache_folder() -> Path:
-    """The folder of downloads: `$XDG_CACHE_HOME/jaxseg`, or `~/.cache/jaxseg`."""
+    """The folder of downloads: `$XDG_CACHE_HOME/jaxseg`, or `~/.cache/jaxseg`; ValueError if there is no home."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a relative path is to be ignored.
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "jaxseg"
+    if os.path.isabs(root):
+        return Path(root) / "jaxseg"
+    try:
+        return Path.home() / ".cache" / "jaxseg"
+    except RuntimeError as error:
+        raise ValueError(
+            f"there is no folder for downloads ({error}): set XDG_CACHE_HOME to one, or give a file with --weights PATH"
+        ) from None
 
 
 def fetch(name: str, base_url: str, folder: Path | None = None, timeout: float = TIMEOUT) -> Path:
@@ -56,24 +63,33 @@ def fetch(name: str, base_url: str, folder: Path | None = None, timeout: float =
     """
     folder = cache_folder() if folder is None else folder
     path = folder / name
-    if path.is_file():
-        return path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / f"{name}.lock"):
-            if not path.is_file():
-                _download(base_url + name, path, timeout)
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _lock(folder / f"{name}.lock"):
+                if not path.is_file():
+                    _download(base_url + name, path, timeout)
     except (OSError, http.client.HTTPException, _Failed) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         raise ValueError(
-            f"cannot download {base_url}{name} ({reason}): put {name} into {folder}, or give a file with --weights PATH"
+            f"cannot download {base_url}{name} ({reason}): {_go_on(path)}put {name} into {folder}, or give a file with"
+            " --weights PATH"
         ) from None
     return path
 
 
+def _go_on(path: Path) -> str:
+    """What to do with what has come of a file, if anything has."""
+    try:
+        size = _size(_part(path))
+    except OSError:
+        return ""
+    return f"the {size} bytes that came are kept, and the same command goes on from there; or " if size else ""
+
+
 def _download(url: str, path: Path, timeout: float) -> None:
     """Downloads to `<path>.part`, resuming what is there, and renames it if its digest is right."""
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     resumed = _size(part) > 0
     digits = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)[1]
     with tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
@@ -94,7 +110,7 @@ def _complete(url: str, part: Path, timeout: float, bar: tqdm) -> None:
     longest = _size(part)
     while not _append(url, part, timeout, bar):
         if _size(part) <= longest:
-            raise _Failed(f"the connection broke after {_size(part)} bytes, again")
+            raise _Failed("the connection broke")
         longest = _size(part)
 
 
@@ -126,7 +142,8 @@ def _append(url: str, part: Path, timeout: float, bar: tqdm) -> bool:
 def _read(response: http.client.HTTPResponse) -> bytes | None:
     """Reads a piece; b"" at the end, None where the connection broke: what has come is kept."""
     try:
-        return response.read(_CHUNK)
+        # Not `read`, which waits for all of a chunk, and when the connection stalls loses the part that had come.
+        return response.read1(_CHUNK)
     except (OSError, http.client.HTTPException):
         return None
 
@@ -161,7 +178,14 @@ def _lock(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 print(f"waiting for another process that holds {path}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # Some network file systems: the digest then shows a spoilt download.
+                print(f"no lock at {path} ({error.strerror}): let no other process download the same file", flush=True)
         yield
+
+
+def _part(path: Path) -> Path:
+    """Where a file is kept until it is complete."""
+    return path.with_name(path.name + ".part")
 
 
 def _size(path: Path) -> int:

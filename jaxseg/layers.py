@@ -14,7 +14,15 @@ _TAPS = 4
 _FEW_CHANNELS = 16
 
 
-def _xla_conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
+def _plain_conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
+    rows, columns, _, features = kernel.shape
+    if x.shape[1] < rows or x.shape[2] < columns:
+        # A map smaller than the kernel, the last of an image of 64x64: XLA's CPU backend would take a hundred times
+        # longer than the matrix product of the kernel with each output's whole input.
+        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        bottom, right = max(x.shape[1] - rows + 1, 0), max(x.shape[2] - columns + 1, 0)
+        taps = [x[:, u : u + bottom : strides, v : v + right : strides] for u, v in np.ndindex(rows, columns)]
+        return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, features)
     return jax.lax.conv_general_dilated(
         x, kernel, (strides, strides), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -76,19 +84,19 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Arr
 
     Source: equals PyTorch's `Conv2d(C, O, (KH, KW), strides, padding, bias=False)` with kernel.transpose(3, 2, 0, 1).
     """
-    return _xla_conv(x, kernel, strides, padding)
+    return _plain_conv(x, kernel, strides, padding)
 
 
 def _conv_forward(x: jax.Array, kernel: jax.Array, strides: int, padding: int):
-    return _xla_conv(x, kernel, strides, padding), (x, kernel)
+    return _plain_conv(x, kernel, strides, padding), (x, kernel)
 
 
 def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Array], g: jax.Array):
     x, kernel = inputs
-    (x_grad,) = jax.linear_transpose(lambda x: _xla_conv(x, kernel, strides, padding), x)(g)
+    (x_grad,) = jax.linear_transpose(lambda x: _plain_conv(x, kernel, strides, padding), x)(g)
 
     def by_convolution(x: jax.Array, g: jax.Array) -> jax.Array:
-        return jax.linear_transpose(lambda kernel: _xla_conv(x, kernel, strides, padding), kernel)(g)[0]
+        return jax.linear_transpose(lambda kernel: _plain_conv(x, kernel, strides, padding), kernel)(g)[0]
 
     def by_products(x: jax.Array, g: jax.Array) -> jax.Array:
         return _kernel_grad_by_products(x, g, kernel.shape[:2], strides, padding)

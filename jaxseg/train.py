@@ -22,6 +22,8 @@ from jaxseg.metrics import confusion_matrix, mean_iou
 AXIS = "batch"
 # A metric is read this many steps after it was computed, so that the device always has work queued.
 LAG = 2
+# Logits are enlarged this many at a time (32 MiB), so that a photograph of any size can be evaluated.
+_ENLARGED_AT_ONCE = 2**23
 
 Batch = dict[str, Any]
 
@@ -184,18 +186,26 @@ def predict_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array
       (N, HC, WC) int32 class indices; outside an image's own size they mean nothing.
     """
     logits = model.apply(variables, batch["image"])
-    canvas = (*batch["label"].shape[1:], logits.shape[-1])
+    height, width = batch["label"].shape[1:]
+    rows = max(min(_ENLARGED_AT_ONCE // (width * logits.shape[-1]), height), 1)
+    block = (rows, width, logits.shape[-1])
 
-    def enlarge(logits_and_size: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def classify(logits_and_size: tuple[jax.Array, jax.Array]) -> jax.Array:
         logits, size = logits_and_size
         scale = size.astype(jnp.float32) / jnp.array(logits.shape[:2], jnp.float32)
-        enlarged = jax.image.scale_and_translate(
-            logits, canvas, (0, 1), scale, jnp.zeros(2), method="linear", antialias=False, precision="highest"
-        )
-        return enlarged.argmax(-1).astype(jnp.int32)
 
-    # One image at a time: the enlarged logits are many times larger than all else.
-    return jax.lax.map(enlarge, (logits, batch["label_size"]))
+        def classify_rows(first: jax.Array) -> jax.Array:
+            up = jnp.array([-first, 0.0])
+            enlarged = jax.image.scale_and_translate(
+                logits, block, (0, 1), scale, up, method="linear", antialias=False, precision="highest"
+            )
+            return enlarged.argmax(-1).astype(jnp.int32)
+
+        blocks = jax.lax.map(classify_rows, jnp.arange(0, height, rows, dtype=jnp.float32))
+        return blocks.reshape(-1, width)[:height]
+
+    # One image at a time, and of a large one some rows: the enlarged logits are many times larger than all else.
+    return jax.lax.map(classify, (logits, batch["label_size"]))
 
 
 def eval_step(

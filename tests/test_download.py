@@ -1,6 +1,7 @@
 """download.py against a server on this machine that is not always good."""
 
 import contextlib
+import errno
 import hashlib
 import http.server
 import os
@@ -16,7 +17,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from jaxseg import download, pretrained
+from jaxseg import download, misfit, pretrained
 from jaxseg.download import cache_folder, fetch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
       length: whether Content-Length is sent.
       status: of every answer.
       gate: where an answer stops in the middle until the event is set.
+      stop: the place in the content where it stops; None for the middle of what is asked for.
     """
 
     daemon_threads = True
@@ -41,7 +43,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.requests, self.drop = CONTENT, [], []
-        self.ranges, self.length, self.status, self.gate = True, True, 200, None
+        self.ranges, self.length, self.status, self.gate, self.stop = True, True, 200, None, None
         self.url = f"http://127.0.0.1:{self.server_address[1]}/models/"
 
 
@@ -60,10 +62,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         whole = server.drop.pop(0) if server.drop else None
         if server.gate is not None:
-            self.wfile.write(body[: len(body) // 2])
+            half = len(body) // 2 if server.stop is None else server.stop - start
+            self.wfile.write(body[:half])
             self.wfile.flush()
             server.gate.wait()
-            body = body[len(body) // 2 :]
+            body = body[half:]
         with contextlib.suppress(OSError):
             self.wfile.write(body[:whole])
 
@@ -153,11 +156,24 @@ def test_a_dropped_connection_is_resumed(server, tmp_path, ranges):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_connection_that_gets_no_further_is_given_up_and_what_came_is_kept(server, tmp_path, ranges):
     server.drop, server.ranges = [300_000, 0 if ranges else 300_000], ranges
-    assert "broke after 300000 bytes" in refusal(NAME, server.url, tmp_path)
+    message = refusal(NAME, server.url, tmp_path)
+    assert "(the connection broke): the 300000 bytes that came are kept, and the same command goes on" in message
     assert part(tmp_path).read_bytes() == CONTENT[:300_000]
     server.requests.clear()
     assert fetch(NAME, server.url, tmp_path).read_bytes() == CONTENT
     assert server.requests == ["bytes=300000-"]
+
+
+def test_where_nothing_came_nothing_is_said_to_be_kept(server, tmp_path):
+    server.drop = [0]
+    message = refusal(NAME, server.url, tmp_path)
+    assert "(the connection broke): put " in message and "kept" not in message and "again" not in message
+
+
+def test_what_is_kept_is_said_whatever_stands_in_the_way(server, tmp_path):
+    part(tmp_path).write_bytes(CONTENT[:1234])
+    server.status = 503
+    assert "HTTP 503" in (message := refusal(NAME, server.url, tmp_path)) and "the 1234 bytes that came" in message
 
 
 def test_without_a_length_the_digest_tells_a_dropped_connection(server, tmp_path):
@@ -220,6 +236,25 @@ def test_of_two_processes_one_downloads_and_the_other_waits(server, tmp_path):
     assert server.requests == [None]
 
 
+def test_where_the_first_of_two_processes_dies_the_other_goes_on_from_its_bytes(server, tmp_path):
+    pytest.importorskip("fcntl")
+    server.gate = threading.Event()
+    first = start_fetch(server.url, tmp_path)
+    while download._size(part(tmp_path)) < len(CONTENT) // 4:
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = start_fetch(server.url, tmp_path)
+    assert second.stdout.readline().startswith("waiting for another process")
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    size = download._size(part(tmp_path))
+    server.gate.set()
+    out, error = second.communicate(timeout=60)
+    assert second.returncode == 0, error
+    assert out.strip() == str(tmp_path / NAME) and (tmp_path / NAME).read_bytes() == CONTENT
+    assert server.requests == [None, f"bytes={size}-"]
+
+
 def test_no_network_is_told_at_once(tmp_path, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -246,10 +281,51 @@ def test_a_name_that_is_not_found_for_long_is_given_up(tmp_path, monkeypatch):
     never.set()
 
 
-def test_a_body_that_stops_coming_is_given_up_and_what_came_is_kept(server, tmp_path):
-    server.gate = threading.Event()
-    refusal(NAME, server.url, tmp_path, timeout=0.5)
-    assert part(tmp_path).read_bytes() == CONTENT[: download._size(part(tmp_path))] != b""
+@pytest.mark.parametrize("sent", [1, 100_000, download._CHUNK - 1, download._CHUNK + 1, 700_001])
+def test_a_body_that_stops_coming_is_given_up_and_every_byte_of_it_kept(server, tmp_path, sent):
+    server.gate, server.stop = threading.Event(), sent
+    message = refusal(NAME, server.url, tmp_path, timeout=0.5)
+    assert f"the {sent} bytes that came are kept" in message
+    assert part(tmp_path).read_bytes() == CONTENT[:sent]
+
+
+def test_the_default_gives_up_within_seconds():
+    assert 0 < download.TIMEOUT <= 10
+    assert fetch.__defaults__[-1] == download.TIMEOUT
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_told_and_used(server, tmp_path, monkeypatch, capsys, code):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert fetch(NAME, server.url, tmp_path).read_bytes() == CONTENT
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and str(tmp_path) in out and "no lock" in out
+
+
+def test_without_a_home_folder_the_way_out_is_told(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", home)
+    with pytest.raises(ValueError, match=r"home directory.*XDG_CACHE_HOME.*--weights PATH"):
+        pretrained.load_encoder("resnet18", "imagenet")
+
+
+def test_a_cache_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
+    def is_file(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "is_file", is_file)
+    assert_told = pytest.raises(ValueError, match="Permission denied")
+    with assert_told as error:
+        fetch(NAME, "http://127.0.0.1:1/", tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_a_cache_that_cannot_be_made_is_told(tmp_path):
@@ -311,12 +387,28 @@ def test_imagenet_is_torchvisions_file_in_the_cache(server, tmp_path, monkeypatc
     assert f"put {names[variant]} into {tmp_path / 'jaxseg'}" in str(error.value)
 
 
+def test_a_damaged_file_in_the_cache_is_named_with_the_remedy(shared, tmp_path, monkeypatch):
+    """Somebody's copy, or a disk's fault: nothing else looks at a file that is there."""
+    source = shared / "weights" / "resnet18-9f26ff83.pth"
+    monkeypatch.setitem(pretrained.IMAGENET_FILES, "resnet18", source.name)
+    cached = tmp_path / source.name
+    content = bytearray(source.read_bytes())
+    cached.write_bytes(content)
+    assert "params" in pretrained.load_encoder("resnet18", "imagenet", base_url="http://127.0.0.1:9/", cache=tmp_path)
+    for damaged in (content[: len(content) // 2], content[:20_000_000] + b"x" + content[20_000_001:], b""):
+        cached.write_bytes(damaged)
+        with pytest.raises(ValueError) as error:
+            pretrained.load_encoder("resnet18", "imagenet", base_url="http://127.0.0.1:9/", cache=tmp_path)
+        message = str(error.value)
+        assert str(cached) in message and "download it again" in message and "\n" not in message
+
+
 def test_imagenet_is_loaded_from_the_file_that_came(server, tmp_path, monkeypatch):
     variables = pretrained.convert_resnet(
         {
             name: np.full(shape, 0.5, np.float32)
             for name, shape in (
-                (pretrained._torch_name(path), pretrained._torch_shape(shape))
+                (misfit.torch_name(path), misfit.torch_shape(shape))
                 for path, shape in pretrained.encoder_shapes("resnet18").items()
             )
         },

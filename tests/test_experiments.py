@@ -3,6 +3,7 @@
 import collections
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -18,8 +19,10 @@ from experiments import baseline, improved
 from experiments.prepare import prepare
 from experiments.settings import Settings, complete, parse
 from jaxseg import checkpoint
+from jaxseg.data import shapes
 from jaxseg.decoders import BaselineDecoder
 from jaxseg.pretrained import encoder_shapes, load_encoder, save_torch
+from jaxseg.resnet import VARIANTS, Bottleneck
 from jaxseg.train import TrainState
 
 
@@ -113,6 +116,44 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys, compil
     assert "is not empty" in fails(capsys, arguments(folder, folder))
 
 
+@pytest.fixture
+def shallow_resnet50(monkeypatch):
+    """A ResNet-50 with one bottleneck block in each group: compiling all sixteen takes most of a minute."""
+    monkeypatch.setitem(VARIANTS, "resnet50", (Bottleneck, (1, 1, 1, 1)))
+    monkeypatch.setattr("experiments.run.draw", lambda *_: None)
+    monkeypatch.setattr("jaxseg.train.all_devices", lambda: jax.devices()[:1])
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_resnet_50_trains(folder, tmp_path, capsys, shallow_resnet50):
+    """From a file of weights, both stages; tests/test_resnet.py has all its blocks."""
+    workdir, weights = tmp_path / "run", tmp_path / "resnet50.safetensors"
+    shutil.rmtree(folder / "test")
+    draw = np.random.default_rng(0).standard_normal
+    flat = {
+        path: draw(shape, np.float32) / np.float32(np.prod(shape[:-1]) ** 0.5)
+        if len(shape) == 4
+        else np.ones(shape, np.float32)
+        for path, shape in encoder_shapes("resnet50").items()
+    }
+    save_torch(traverse_util.unflatten_dict(flat), weights)
+    options = ["--encoder", "resnet50", "--weights", str(weights), "--batch-size", "8", "--epochs", "1", "1"]
+    assert baseline.main([*arguments(folder, workdir), *options]) == 0
+    total = sum(leaf.size for path, leaf in flat.items() if path[0] == "params")
+    assert f"keeps encoder ({total:,} parameters)" in capsys.readouterr().out
+    rows = list(csv.DictReader((workdir / "metrics.csv").read_text().splitlines()))
+    assert [row["stage"] for row in rows if row["kind"] == "step"] == ["1", "2"]
+    kernel = ("params", "layer3_0", "conv3", "kernel")
+    kernels = [
+        traverse_util.flatten_dict(load_encoder("resnet50", workdir / "checkpoints" / number))[kernel]
+        for number in "12"
+    ]
+    np.testing.assert_array_equal(kernels[0], flat[kernel])
+    assert kernels[1].shape == (1, 1, 256, 1024) and not np.array_equal(*kernels)
+
+
 def test_a_summary_trains_nothing_and_writes_nothing(folder, tmp_path, capsys):
     assert improved.main([*arguments(folder, tmp_path / "run"), "--summary"]) == 0
     out = capsys.readouterr().out
@@ -143,6 +184,16 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, capsys):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"not a checkpoint")
     assert str(weights) in fails(capsys, [*arguments(folder, tmp_path / "run"), "--weights", str(weights)])
+
+
+@pytest.mark.parametrize("scope", ["encoder", "all"])
+def test_wrong_weights_are_refused_before_the_images_are_looked_at(folder, tmp_path, capsys, monkeypatch, scope):
+    """Which takes minutes: and a bad image would be told of first."""
+    (folder / "val" / "img" / "1.jpg").write_bytes(b"bad")
+    options = ["--weights", str(tmp_path / "absent"), "--weights-scope", scope]
+    assert str(tmp_path / "absent") in fails(capsys, [*arguments(folder, tmp_path / "run"), *options])
+    monkeypatch.setattr(shapes, "open_shapes", lambda _: pytest.fail("the pictures are rendered"))
+    assert str(tmp_path / "absent") in fails(capsys, ["--workdir", str(tmp_path / "run"), *options])
 
 
 def test_weights_of_another_encoder_are_answered_with_its_name(folder, tmp_path, capsys):
@@ -193,6 +244,9 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
     ("options", "said"),
     [
         (["--dataset", "cityscapes"], "cityscapes"),
+        (["--dataset", "shapes:x"], "shapes:x"),
+        (["--dataset", "folder"], "folder:DIR"),
+        (["--dataset", "folder:", "--weights", "none"], "folder:DIR"),
         (["--dataset", "folder:x"], "--weights"),
         (["--batch-size", "0"], "--batch-size"),
         (["--image-size", "0", "32"], "--image-size"),
@@ -205,6 +259,7 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
         (["--adam-b2", "1"], "--adam-b2"),
         (["--seed", str(2**31)], "--seed"),
         (["--workdir", __file__], "is a file"),
+        (["--workdir", __file__ + "/run"], "is a file"),
         (["--dropout", "0", "0.2"], "--dropout is for the improved model"),
         (["--max-degrees", "200"], "--max-degrees"),
         (["--save-minutes", "0"], "--save-minutes"),

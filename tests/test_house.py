@@ -8,7 +8,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The modules of jaxseg that each one may import; a module that is not named may import none.
 ALLOWED = {
     "jaxseg.resnet": {"jaxseg.layers"},
-    "jaxseg.pretrained": {"jaxseg.checkpoint", "jaxseg.download", "jaxseg.resnet", "jaxseg.torchfile"},
+    "jaxseg.misfit": {"jaxseg.resnet"},
+    "jaxseg.pretrained": {f"jaxseg.{name}" for name in ("checkpoint", "download", "misfit", "resnet", "torchfile")},
+    "jaxseg.torchfile": {"jaxseg.torchpickle"},
     "jaxseg.decoders": {"jaxseg.layers"},
     "jaxseg.train": {"jaxseg.augment", "jaxseg.losses", "jaxseg.metrics"},
     "jaxseg.plots.__init__": {f"jaxseg.plots.{name}" for name in ("architecture", "filtering", "page", "runs")},

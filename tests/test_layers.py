@@ -61,6 +61,9 @@ CONVOLUTIONS = [
     (2, 7, 8, 16, 3, 3, 2, 1),
     (1, 1, 1, 16, 3, 3, 2, 1),
     (1, 1, 2, 16, 3, 3, 1, 1),
+    (2, 2, 3, 16, 3, 3, 1, 1),
+    (2, 9, 2, 16, 3, 3, 2, 1),
+    (2, 2, 3, 4, 7, 7, 2, 3),
     (2, 6, 5, 16, 1, 1, 1, 0),
     (2, 6, 5, 16, 1, 1, 2, 0),
     (2, 5, 6, 1, 1, 1, 2, 0),
@@ -105,6 +108,14 @@ def test_conv_equals_numpy_in_float64(case):
     x, kernel = normal(20, shape), normal(21, (rows, columns, shape[-1], 5))
     got = value_and_gradients(functools.partial(conv, strides=strides, padding=padding), x, kernel)
     assert_close(got, numpy_conv(x, kernel, strides, padding), 1e-5)
+
+
+def test_a_map_without_room_for_the_kernel_gives_nothing():
+    x, kernel = jnp.ones((1, 2, 8, 2)), jnp.ones((3, 3, 2, 5))
+    assert (
+        conv(x, kernel, 1, 0).shape
+        == jax.lax.conv(x.transpose(0, 3, 1, 2), kernel.T, (1, 1), "VALID").transpose(0, 2, 3, 1).shape
+    )
 
 
 @pytest.mark.parametrize("channels", [3, 16])

@@ -1,10 +1,12 @@
 """Confusion matrix and IoU against scikit-learn and by hand."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from jaxseg import metrics
+from jaxseg import metrics, train
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -26,13 +28,72 @@ def test_confusion_and_iou_equal_scikit_learn(seed):
     np.testing.assert_allclose(metrics.mean_iou(counted), expected.mean(), rtol=1e-12)
 
 
-def test_splitting_the_pixels_does_not_change_the_sum():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("seed", range(6))
+def test_iou_is_intersection_over_union_of_the_pixels(seed):
+    """As an evaluation script has it: for each class, the pixels that both have over those that either has."""
+    rng = np.random.default_rng(seed)
+    num_classes = int(rng.integers(2, 9))
+    label = rng.choice([*range(num_classes - 1), 255], (4, 11, 7)).astype(np.uint8)
+    prediction = rng.integers(0, rng.integers(1, num_classes + 1), label.shape)
+    counted = label != 255
+    expected = []
+    for index in range(num_classes):
+        both = ((label == index) & (prediction == index) & counted).sum()
+        either = (((label == index) | (prediction == index)) & counted).sum()
+        expected.append(both / either if either else np.nan)
+    confusion = metrics.confusion_matrix(label, prediction, num_classes)
+    np.testing.assert_array_equal(metrics.iou_per_class(confusion), expected)
+    assert metrics.mean_iou(confusion) == np.nanmean(expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_splitting_the_images_does_not_change_the_sum(seed):
+    rng = np.random.default_rng(seed)
     label = rng.choice([0, 1, 2, 255], (8, 9, 9)).astype(np.uint8)
     prediction = rng.integers(0, 3, label.shape)
     whole = metrics.confusion_matrix(label, prediction, 3)
-    parts = [metrics.confusion_matrix(label[i::3], prediction[i::3], 3) for i in range(3)]
+    order, cuts = rng.permutation(8), np.sort(rng.integers(0, 9, 3))
+    parts = [metrics.confusion_matrix(label[part], prediction[part], 3) for part in np.split(order, cuts)]
     np.testing.assert_array_equal(whole, sum(np.asarray(part) for part in parts))
+    # What is padded with ignored pixels counts the same.
+    padded = [np.pad(x, ((0, 2), (0, 3), (0, 5)), constant_values=255) for x in (label, prediction)]
+    np.testing.assert_array_equal(whole, metrics.confusion_matrix(*padded, 3))
+
+
+class GivenLogits(nn.Module):
+    """Takes the image's own values for the logits of three classes."""
+
+    @nn.compact
+    def __call__(self, image):
+        return image.astype(jnp.float32)
+
+
+def test_given_logits_count_the_same_on_any_number_of_devices():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
+    label = rng.choice([0, 1, 2, 255], (24, 12, 15)).astype(np.uint8)
+    size = np.stack([rng.integers(3, 13, 24), rng.integers(3, 16, 24)], 1).astype(np.int32)
+    for index, (height, width) in enumerate(size):
+        label[index, height:], label[index, :, width:] = 255, 255
+    label[20:] = 255  # as the copies that fill up the last batch
+    batches = [
+        {"image": image[part], "label": label[part], "label_size": size[part]} for part in np.split(np.arange(24), 2)
+    ]
+    counts = []
+    for number in (1, 2, 3, 4):
+        devices = jax.local_devices()[:number]
+        counts.append(train.make_evaluate(GivenLogits(), 3, devices)(train.replicate({}, devices), batches))
+    assert counts[0].sum() == (label != 255).sum()
+    for other in counts[1:]:
+        np.testing.assert_array_equal(other, counts[0])
+
+
+def test_an_evaluation_counts_past_two_to_the_31(monkeypatch):
+    full = jnp.full((2, 2), 2**30, jnp.int32)
+    monkeypatch.setattr(train, "pmap_step", lambda *_: lambda *_: full)
+    batches = [{"image": np.zeros((1, 2, 2, 3), np.uint8)}] * 9
+    total = train.make_evaluate(GivenLogits(), 2, jax.local_devices()[:1])({}, batches)
+    np.testing.assert_array_equal(total, np.full((2, 2), 9 * 2**30))
 
 
 def test_absent_classes_are_left_out_of_the_mean():

@@ -1,7 +1,11 @@
 """pretrained.py: what fits goes in to the bit and comes out again, and what does not is named."""
 
+import json
+import math
 import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -12,8 +16,9 @@ import pytest
 import safetensors.numpy
 
 from jaxseg import checkpoint, pretrained
-from jaxseg.decoders import BaselineDecoder
-from jaxseg.pretrained import convert_resnet, encoder_shapes, load_encoder, load_model, save_torch, to_torch
+from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
+from jaxseg.misfit import Misfit, encoder_shapes
+from jaxseg.pretrained import convert_resnet, load_encoder, load_model, save_torch, to_torch
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
 from jaxseg.train import TrainState
@@ -81,10 +86,56 @@ def test_every_leaf_is_the_tensor_of_torchvisions_name(tensors):
     assert all(isinstance(leaf, np.ndarray) and leaf.dtype == np.float32 for leaf in jax.tree.leaves(got))
 
 
+def torchvisions_resnet50():
+    """Its state_dict, name -> shape, as torchvision/models/resnet.py builds it: independent of this package."""
+    shapes = {"conv1.weight": (64, 3, 7, 7), "bn1": 64, "fc.weight": (1000, 2048), "fc.bias": (1000,)}
+    for layer, blocks, inputs, width, outputs in (
+        ("layer1", 3, 64, 64, 256),
+        ("layer2", 4, 256, 128, 512),
+        ("layer3", 6, 512, 256, 1024),
+        ("layer4", 3, 1024, 512, 2048),
+    ):
+        for block in range(blocks):
+            shapes |= {
+                f"{layer}.{block}.conv1.weight": (width, outputs if block else inputs, 1, 1),
+                f"{layer}.{block}.bn1": width,
+                f"{layer}.{block}.conv2.weight": (width, width, 3, 3),
+                f"{layer}.{block}.bn2": width,
+                f"{layer}.{block}.conv3.weight": (outputs, width, 1, 1),
+                f"{layer}.{block}.bn3": outputs,
+            }
+        shapes |= {f"{layer}.0.downsample.0.weight": (outputs, inputs, 1, 1), f"{layer}.0.downsample.1": outputs}
+    state = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, tuple):
+            state[name] = shape
+        else:
+            state |= {f"{name}.{leaf}": (shape,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+            state[f"{name}.num_batches_tracked"] = ()
+    return state
+
+
+def test_torchvisions_resnet50_goes_in_and_comes_out_name_by_name(tmp_path):
+    state = torchvisions_resnet50()
+    # torchvision's documentation: 25,557,032 parameters; its file has 320 entries.
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert len(state) == 320
+    assert sum(math.prod(shape) for name, shape in state.items() if not name.endswith(statistics)) == 25_557_032
+    values = {name: np.full(shape, index, np.float32) for index, (name, shape) in enumerate(state.items())}
+    variables = load_encoder("resnet50", write_safetensors(tmp_path / "a.safetensors", values))
+    save_torch(variables, tmp_path / "b.safetensors")
+    saved = safetensors.numpy.load_file(tmp_path / "b.safetensors")
+    assert saved.keys() == {name for name in state if not name.startswith("fc.")}
+    for name, array in saved.items():
+        assert array.shape == state[name]
+        if not name.endswith("num_batches_tracked"):
+            assert (array == values[name]).all(), name
+
+
 @pytest.mark.parametrize("variant", ["resnet18", "resnet50"])
 def test_saving_and_loading_gives_the_same_bits(tmp_path, variant):
     variables = convert_resnet(random_tensors(variant), variant)
-    variables["params"]["bn1"]["scale"][:3] = -0.0, np.nan, np.inf
+    variables["params"]["bn1"]["scale"][:3] = -0.0, 1e-45, -3.4e38
     save_torch(jax.tree.map(jnp.asarray, variables), tmp_path / "a.safetensors")
     got = load_encoder(variant, tmp_path / "a.safetensors")
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(variables), strict=True):
@@ -117,9 +168,71 @@ def test_what_is_saved_loads_strictly_into_torchs_network(tmp_path, variant):
 def test_only_an_encoder_is_saved(tmp_path, tensors):
     variables = convert_resnet(dict(tensors), "resnet18")
     assert "safetensors" in refusal(save_torch, variables, tmp_path / "a.pth")
+    absent = tmp_path / "absent"
+    assert f"there is no folder {absent}" in refusal(save_torch, variables, absent / "a.safetensors")
     whole = {collection: {"encoder": tree} for collection, tree in variables.items()}
     assert "none of resnet18, " in refusal(save_torch, whole, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, tensors, monkeypatch):
+    def save_file(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    variables = convert_resnet(dict(tensors), "resnet18")
+    path = tmp_path / "a.safetensors"
+    # What another program is just writing under such a name stays.
+    other = tmp_path / "a.safetensors.part"
+    other.write_bytes(b"")
+    path.write_bytes(b"before")
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left") as error:
+        save_torch(variables, path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert path.read_bytes() == b"before" and set(tmp_path.iterdir()) == {path, other}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+def test_other_types_are_saved_as_float32_to_the_same_numbers(tmp_path, tensors, dtype):
+    variables = convert_resnet({name: array.astype(np.float16) for name, array in tensors.items()}, "resnet18")
+    typed = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    save_torch(typed, tmp_path / "a.safetensors")
+    assert {array.dtype for array in safetensors.numpy.load_file(tmp_path / "a.safetensors").values()} == {
+        np.dtype(np.float32), np.dtype(np.int64)
+    }  # fmt: skip
+    assert_equal(load_encoder("resnet18", tmp_path / "a.safetensors"), jax.tree.map(np.float32, typed))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(0.1, "rounded 1: bn1.bias float64"), (1e300, "beyond float32's range"), (np.nan, "inf or nan"), (-np.inf, "inf")],
+)
+def test_numbers_that_float32_cannot_hold_are_not_saved(tmp_path, tensors, number, words):
+    variables = convert_resnet(dict(tensors), "resnet18")
+    variables["params"]["bn1"]["bias"] = np.full(64, number)
+    message = refusal(save_torch, variables, tmp_path / "a.safetensors")
+    assert words in message and "bn1.bias" in message and str(tmp_path) in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "words"),
+    [
+        (np.float64, 1e39, "layer1.0.bn1.running_var beyond float32's range"),
+        (np.float64, np.nan, "layer1.0.bn1.running_var inf or nan"),
+        (np.float32, np.inf, "layer1.0.bn1.running_var inf or nan"),
+        (np.float16, -np.inf, "layer1.0.bn1.running_var inf or nan"),
+        (ml_dtypes.bfloat16, np.nan, "layer1.0.bn1.running_var inf or nan"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(tmp_path, tensors, dtype, number, words):
+    changed = {name: array.astype(dtype) for name, array in tensors.items()}
+    changed["layer1.0.bn1.running_var"][7] = number
+    changed["conv1.weight"][1, 2, 3, 4] = number
+    path = write_safetensors(tmp_path / "a.safetensors", changed)
+    message = refusal(load_encoder, "resnet18", path)
+    assert words in message and "not finite 2: conv1.weight " in message and str(path) in message
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
@@ -200,10 +313,23 @@ def test_numbers_of_another_kind_are_refused(tensors, dtype):
     assert f"not floating 1: bn1.bias is {np.dtype(dtype)}" in refusal(convert_resnet, changed, "resnet18")
 
 
-def test_many_faults_are_counted_and_the_first_shown():
-    message = refusal(convert_resnet, {"a": np.zeros(1)}, "resnet152")
-    assert "missing 775: conv1.weight (64, 3, 7, 7), " in message and ", ...; unexpected 1: 'a' (1,)" in message
-    assert len(message) < 400
+def test_all_faults_are_named_and_of_very_many_the_first(tensors):
+    changed = {name: array for name, array in tensors.items() if "layer4.1" not in name}
+    misshaped = [name for name in changed if name.startswith("layer1.1")]
+    changed |= {name: np.zeros((2, 3)) for name in misshaped}
+    changed |= {f"extra{number}": np.zeros(number) for number in range(12)}
+    message = refusal(convert_resnet, changed, "resnet18")
+    for name in tensors.keys() - changed.keys():
+        assert f" {name} {tensors[name].shape}" in message
+    for name in misshaped:
+        assert f" {name} is (2, 3) and should be {tensors[name].shape}" in message
+    assert "unexpected 12: " in message and "'extra11' (11,)" in message
+    with pytest.raises(Misfit) as error:
+        convert_resnet({"a": np.zeros(1)}, "resnet152")
+    message = str(error.value)
+    assert "missing 775: conv1.weight (64, 3, 7, 7), " in message and " and 755 more; unexpected 1: 'a' (1,)" in message
+    assert len(message) < 1500
+    assert len(error.value.faults["missing"]) == 775 and error.value.faults["unexpected"] == ["'a' (1,)"]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +344,34 @@ def test_the_encoder_that_fits_is_suggested(tmp_path, given, wanted):
     assert message.endswith(f"the nearest encoder is {given}, of whose tensors 1 do not fit")
     assert message.count("use --encoder") == 0
     assert refusal(convert_resnet, dict(shapes), given).endswith(f"weights of a {given}")
+
+
+def test_no_encoder_is_suggested_where_few_tensors_fit(tensors):
+    for given in (
+        {"a": np.zeros(1)},
+        {f"net.{name}": array for name, array in tensors.items() if "layer1" not in name},
+    ):
+        message = refusal(convert_resnet, given, "resnet50")
+        assert message.endswith("give torchvision's or timm's weights of a resnet50") and "resnet18" not in message
+    # The same names with other shapes do not make a ResNet either.
+    wide = {
+        name: np.broadcast_to(np.float32(0), (2 * array.shape[0], *array.shape[1:])) for name, array in tensors.items()
+    }
+    assert refusal(convert_resnet, wide, "resnet50").endswith("weights of a resnet50")
+    # The tensor that is wanted counts where its shape does: of a ResNet-34's names most are a ResNet-50's too.
+    shapes = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in random_tensors("resnet34").items()}
+    assert "--encoder resnet34" in refusal(convert_resnet, shapes, "resnet50")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.features.", "module.model."])
+def test_a_prefix_that_is_in_the_way_is_named(tmp_path, tensors, prefix):
+    prefixed = {prefix + name: array for name, array in tensors.items()} | {"head.weight": np.zeros(3)}
+    path = write_safetensors(tmp_path / "a.safetensors", prefixed)
+    message = refusal(load_encoder, "resnet18", path)
+    assert message.endswith(f"without the prefix {prefix!r} they are resnet18's: save them under names without it")
+    assert refusal(load_encoder, "resnet34", path).endswith("names without it and use --encoder resnet18")
+    two = {f"teacher.{name}": array for name, array in tensors.items()} | prefixed
+    assert f"without the prefix 'teacher.' or {prefix!r} they" in refusal(convert_resnet, two, "resnet18")
 
 
 def test_an_unknown_encoder_is_answered_with_the_list():
@@ -238,7 +392,10 @@ def test_a_damaged_safetensors_file_is_refused_at_every_length(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path / "absent.safetensors", tmp_path / "absent.pth"):
         message = refusal(load_encoder, "resnet18", path)
-        assert str(path) in message and "No such file" in message
+        assert str(path) in message and "No such file" in message and "workdir of a run" in message
+    unreadable = tmp_path / "a.safetensors" / "b"
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    assert str(unreadable) in refusal(load_encoder, "resnet18", unreadable)
     # One byte per number, of a kind NumPy does not have.
     header = b'{"a\\n":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
     path = tmp_path / "a.safetensors"
@@ -247,23 +404,52 @@ def test_what_cannot_be_read_is_named(tmp_path):
     assert str(path) in message and "F8_E4M3" in message and "float32" in message
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "halves"])
-def test_loading_needs_little_more_memory_than_the_file(tmp_path, tensors, kind):
-    path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pth")
-    if kind == "safetensors":
-        write_safetensors(path, tensors)
-    else:
-        torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
-        state = {name: torch.tensor(array) for name, array in tensors.items()}
-        state = {name: tensor.half() if kind == "halves" else tensor for name, tensor in state.items()}
-        torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("one_storage", [False, True], ids=["apart", "views of one storage"])
+def test_loading_needs_little_more_memory_than_the_file(tmp_path, tensors, kind, dtype, one_storage):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    state = {name: torch.tensor(array).to(getattr(torch, dtype)) for name, array in tensors.items()}
+    if one_storage:
+        flat, place = torch.cat([tensor.flatten() for tensor in state.values()]), 0
+        for name, tensor in state.items():
+            state[name] = flat[place : place + tensor.numel()].view(tensor.shape)
+            place += tensor.numel()
+    path = tmp_path / "a.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    assert peak_of_loading(path) < 2.5 * path.stat().st_size
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_loading_safetensors_needs_little_more_memory_than_the_file(tmp_path, tensors, dtype):
+    path = write_safetensors(tmp_path / "a.safetensors", {name: a.astype(dtype) for name, a in tensors.items()})
+    assert peak_of_loading(path) < 2.5 * path.stat().st_size
+
+
+def peak_of_loading(path):
+    """The most bytes that were allocated at once; the file itself, where it is mapped, is none of them."""
     tracemalloc.start()
     try:
         load_encoder("resnet18", path)
-        peak = tracemalloc.get_traced_memory()[1]
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 2.5 * path.stat().st_size
+
+
+def test_the_home_folder_is_found(tmp_path, tensors, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    variables = convert_resnet(dict(tensors), "resnet18")
+    save_torch(variables, "~/a.safetensors")
+    assert (tmp_path / "a.safetensors").is_file()
+    assert_equal(load_encoder("resnet18", "~/a.safetensors"), variables)
+    assert "only the encoder" in refusal(load_model, "resnet18", "~/a.safetensors", {})
+    assert "~nobody-of-this-name/a.pth" in refusal(load_encoder, "resnet18", "~nobody-of-this-name/a.pth")
+
+
+def test_files_of_weights_are_read_without_importing_orbax():
+    code = "import sys; from jaxseg import pretrained; print('orbax' in sys.modules, 'jax' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False True"
 
 
 def test_the_shared_weights_fill_the_encoder(shared):
@@ -313,6 +499,41 @@ def test_a_runs_best_encoder_is_loaded(run):
     assert unfinished.is_dir()
 
 
+def test_one_checkpoint_of_a_run_is_loaded_whether_it_is_the_best_or_not(run, segmenter, tmp_path, monkeypatch):
+    workdir, best = run
+    first, second = (load_model("resnet18", workdir / "checkpoints" / number, segmenter(5)) for number in "12")
+    assert_equal(first, best)
+    assert not np.array_equal(jax.tree.leaves(first)[0], jax.tree.leaves(second)[0])
+    encoder = {collection: tree["encoder"] for collection, tree in second.items()}
+    assert_equal(load_encoder("resnet18", workdir / "checkpoints" / "2"), encoder)
+    monkeypatch.chdir(workdir / "checkpoints" / "2")
+    assert_equal(load_encoder("resnet18", "."), encoder)
+    # A run may have a number for a name, and so may a folder of checkpoints, or one of nothing.
+    for source, name in ((workdir, "2"), (workdir / "checkpoints", "02")):
+        numbered = shutil.copytree(source, tmp_path / name)
+        assert_equal(load_model("resnet18", numbered, segmenter(5)), best)
+    (tmp_path / "3").mkdir()
+    assert "holds no checkpoint" in refusal(load_encoder, "resnet18", tmp_path / "3")
+
+
+def test_a_checkpoint_from_before_checksums_is_read_and_said_to_be_unchecked(run, segmenter, tmp_path, capsys):
+    workdir, best = run
+    older = shutil.copytree(workdir, tmp_path / "older")
+    for meta in older.glob("checkpoints/*/meta/metadata"):
+        meta.write_text(
+            json.dumps({name: value for name, value in json.loads(meta.read_text()).items() if name != "checksums"})
+        )
+    for path in (older, older / "checkpoints" / "1"):
+        assert_equal(load_model("resnet18", path, segmenter(5)), best)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "no checksums" in said and str(older / "checkpoints" / "1") in said
+
+
+def test_reading_a_run_says_nothing(run, caplog, capfd):
+    load_encoder("resnet18", run[0])
+    assert not caplog.records and capfd.readouterr() == ("", "")
+
+
 def test_all_of_a_run_is_loaded(run, segmenter):
     workdir, best = run
     assert_equal(load_model("resnet18", workdir, segmenter(5)), best)
@@ -322,7 +543,12 @@ def test_a_run_that_does_not_fit_is_refused(run, segmenter, tmp_path):
     workdir, _ = run
     message = refusal(load_model, "resnet18", workdir, segmenter(7))
     assert "params.head.kernel is (1, 1, 16, 5) and should be (1, 1, 16, 7)" in message and str(workdir) in message
-    assert "params.head.bias" in message and "--weights-scope encoder" in message
+    assert "params.head.bias" in message and "--weights-scope encoder" in message and "as many classes" in message
+    model = Segmenter(ResNet(), ImprovedDecoder(5))
+    improved = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    message = refusal(load_model, "resnet18", workdir, improved)
+    assert "missing 20: " in message and "params.bn1.scale (256,)" in message and "batch_stats.bn5.var (16,)" in message
+    assert "the experiment that trained it" in message and "classes" not in message
     for function, arguments in ((load_encoder, ()), (load_model, (segmenter(5),))):
         assert "use --encoder resnet18" in refusal(function, "resnet50", workdir, *arguments)
         assert "holds no checkpoint" in refusal(function, "resnet18", tmp_path, *arguments)

@@ -11,6 +11,7 @@ from experiments.settings import Settings
 from jaxseg.pretrained import convert_resnet, encoder_shapes, load_encoder, to_torch
 from jaxseg.resnet import VARIANTS, ResNet
 from jaxseg.segmenter import normalise
+from tests.quick import jit
 
 NEEDS_TORCH = "needs torch==2.13.0 (CPU build)"
 # torchvision's documentation: parameters with the classifier, and the features before it.
@@ -22,7 +23,6 @@ PARAMETERS = {
     "resnet152": (60_192_808, 2048),
 }
 # Compiling takes most of the time here, and a fast program is not needed.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_inference_equals_pytorchs_at_every_stride(torch, variant):
     with torch.inference_mode():
         expected = twin(torch.from_numpy(image).permute(0, 3, 1, 2))
     variables = convert_resnet(tensors, variant)
-    features = jax.jit(ResNet(variant).apply).lower(variables, image).compile(QUICK)(variables, image)
+    features = jit(ResNet(variant).apply)(variables, image)
     assert features.keys() == expected.keys() == {2, 4, 8, 16, 32}
     for stride, value in features.items():
         assert relative_error(value, expected[stride]) <= 1e-4, stride
@@ -110,9 +110,9 @@ def trained(torch, request):
 
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), convert_resnet(tensors, variant))
-        grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
+        grad_fn = jit(jax.grad(loss_fn, has_aux=True))
         arguments = variables["params"], variables["batch_stats"]
-        grads, (features, stats) = grad_fn.lower(*arguments).compile(QUICK)(*arguments)
+        grads, (features, stats) = grad_fn(*arguments)
         ours = to_torch({"params": grads}) | to_torch({"batch_stats": stats})
         features = {stride: np.asarray(value) for stride, value in features.items()}
     before = torch_resnet.random_tensors(variant)

@@ -10,6 +10,7 @@ from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter, normalise
+from tests.quick import jit
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_logits_equal_pytorchs(model, variables, twin, size):
     import torch
 
     image, _ = random_batch(*size)
-    logits = jax.jit(model.apply)(variables, image)
+    logits = jit(model.apply)(variables, image)
     twin.eval()
     with torch.inference_mode():
         expected = twin(torch.from_numpy(image)).permute(0, 2, 3, 1).numpy()
@@ -85,7 +86,7 @@ def test_training_loss_and_gradients_equal_pytorchs(model, variables, twin):
         logits, updates = model.apply({**variables, "params": params}, image, train=True, mutable=["batch_stats"])
         return pixel_cross_entropy(logits, label), updates["batch_stats"]
 
-    (loss, stats), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
+    (loss, stats), grads = jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
     twin.train()
     expected = torch.nn.functional.cross_entropy(
         twin(torch.from_numpy(image)), torch.from_numpy(label).long(), ignore_index=255
@@ -113,7 +114,7 @@ def test_frozen_encoder_has_no_gradient_and_keeps_its_statistics(model, variable
         )
         return pixel_cross_entropy(logits, label), updates["batch_stats"]
 
-    (_, stats), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
+    (_, stats), grads = jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["encoder"]))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["decoder"]))
@@ -130,9 +131,9 @@ class TinyEncoder(nn.Module):
 def test_the_improved_decoder_drops_by_the_keys_that_the_segmenter_is_given():
     model = Segmenter(TinyEncoder(), ImprovedDecoder(5, widths=(4, 4, 4, 4, 4), dropout_rate=0.5))
     image, _ = random_batch(32, 40)
-    variables = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(0), image)
+    variables = jit(model.init)(jax.random.key(0), image)
 
-    @jax.jit
+    @jit
     def train(keys):
         return model.apply(variables, image, train=True, freeze_encoder=True, keys=keys, mutable=["batch_stats"])
 

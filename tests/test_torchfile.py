@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 
@@ -14,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxseg import torchfile
 from jaxseg.torchfile import read_torch
 
 NEEDS_TORCH = "needs torch==2.13.0 (CPU build)"
@@ -466,7 +469,7 @@ def test_executes_no_part_of_a_legacy_file(tmp_path, position):
 
 @both_formats
 def test_refuses_a_pickle_that_asks_for_more_memory_than_the_file_has(tmp_path, is_zip):
-    """An unpickler keeps an array as long as the largest index: a few bytes ask for gigabytes. So do lengths."""
+    """Python's unpickler keeps an array as long as the largest index: a few bytes ask for gigabytes. So do lengths."""
     bombs = [
         b"\x80\x02}" + pickle.LONG_BINPUT + struct.pack("<I", 10**7) + b".",
         b"\x80\x02}" + pickle.PUT + b"10000000\n.",
@@ -481,7 +484,85 @@ def test_refuses_a_pickle_that_asks_for_more_memory_than_the_file_has(tmp_path, 
             read_torch(path)
         assert tracemalloc.get_traced_memory()[1] < 10**6
         tracemalloc.stop()
-        assert_one_line(error, path, "download it again")
+        assert_one_line(error, path, "again")
+
+
+# A tuple in a tuple in a tuple, and a tuple of two that are each the tuple before.
+DEEP = b")" + b"\x85" * 150_000
+DOUBLED = b")" + b"q\x00h\x00\x86" * 40
+HOSTILE = {
+    "a very deep key": b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s.",
+    "a deep key": b"\x80\x02}" + DEEP + b"K\x01s.",
+    "a doubled key": b"\x80\x02})" + b"2\x86" * 40 + b"K\x01s.",
+    "a doubled key, by the memo": b"\x80\x02}" + DOUBLED + b"K\x01s.",
+    "a deep key of several": b"\x80\x02}(" + DEEP + b"K\x01u.",
+    "a deep value": b"\x80\x02}X\x01\x00\x00\x00a" + DEEP + b"s.",
+    "a deep key of an OrderedDict": b"\x80\x02ccollections\nOrderedDict\n](" + DEEP + b"K\x01\x86e\x85R.",
+    "a deep key of attributes": b"\x80\x02}}" + DEEP + b"K\x01sb.",
+    "a deep type of storage": b"\x80\x02(X\x07\x00\x00\x00storage" + DEEP + b"X\x01\x00\x00\x000NK\x01tQ.",
+    "a deep key of a storage": b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + DEEP + b"NK\x01tQ.",
+    "a deep shape": pickled({"a": tensor(_Storage(1), 0, (), ())}).replace(b"K\x00))", b"K\x00" + DEEP + b")"),
+    "a deep set": b"\x80\x04\x8f(" + DEEP + b"\x90.",
+    "a deep frozenset": b"\x80\x04(" + DEEP + b"\x91.",
+    "one list for many dicts": b"\x80\x02](" + b"X\x01\x00\x00\x00aK\x01\x86" * 30_000 + b"eq\x00("
+    + b"ccollections\nOrderedDict\nh\x00\x85R" * 30_000 + b"t.",
+    "keys of one hash": b"\x80\x02}("
+    + b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"N" for number in range(150_000)) + b"u.",
+}  # fmt: skip
+
+
+def test_a_pickle_cannot_keep_the_reader_busy_or_overflow_its_stack(tmp_path):
+    """Each of these ends Python's own unpickler, or keeps it for hours: so in a process of its own, with a limit."""
+    names = [(write_zip(tmp_path / f"{i}.pth", HOSTILE[name]).name, name) for i, name in enumerate(HOSTILE)]
+    names.append((write_legacy(tmp_path / "legacy.pth", HOSTILE["a deep key"]).name, "a deep key of a legacy file"))
+    keys = good_file(tmp_path / "keys.pth", is_zip=False)
+    keys.write_bytes(keys.read_bytes().replace(pickle.dumps(["0"], 2), b"\x80\x02](" + DEEP + b"e."))
+    names.append((keys.name, "a deep key of a legacy file's storages"))
+    code = """if True:
+        import sys
+        from jaxseg.torchfile import read_torch
+        for line in sys.stdin.read().splitlines():
+            print(line, flush=True)
+            try:
+                read_torch(line)
+            except ValueError as error:
+                print(error, flush=True)
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        input="\n".join(str(tmp_path / file) for file, _ in names),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    lines = process.stdout.splitlines()
+    assert process.returncode == 0, (lines[-1:], names, process.stderr)
+    for (file, name), asked, answer in zip(names, lines[::2], lines[1::2], strict=True):
+        assert asked == str(tmp_path / file) and answer.startswith(f"{asked}: ") and len(answer) < 500, name
+        assert "again" in answer, name
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_reads_every_protocol_of_the_pickler(tmp_path, protocol):
+    """Also what stands beside a state_dict: numbers of every length, texts, lists, dicts."""
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    beside = {"epoch": 3, 7: [1.5, -1, 300, 70_000, 2**40, -(2**100), True, None, b"x" * 300 if protocol > 2 else ""]}
+    beside |= {"name": "é" * 300, "nested": {"betas": (0.9, 0.999), "empty": ((), [], {})}, "4": (1, 2, 3, 4)}
+    state = torch.nn.Conv2d(3, 4, 3).state_dict()
+    torch.save({"state_dict": state, **beside}, tmp_path / "a.pth", pickle_protocol=protocol)
+    got = read_torch(tmp_path / "a.pth")
+    for name, expected in state.items():
+        np.testing.assert_array_equal(got[name], expected.numpy())
+
+
+def test_reads_what_python_2_wrote(tmp_path):
+    """Its OrderedDict is a list of pairs, and its texts are bytes."""
+    name, numbers = b"U\x01a", np.arange(3, dtype="<f4")
+    call = pickled(tensor(_Storage(3), 0, (3,), (1,)))[2:-1]
+    state = b"\x80\x02ccollections\nOrderedDict\n](](" + name + call + b"ee\x85R."
+    path = write_legacy(tmp_path / "a.pth", state, [("0", 3, numbers.tobytes())])
+    np.testing.assert_array_equal(read_torch(path)["a"], numbers)
 
 
 def test_refuses_records_that_together_are_larger_than_the_file(tmp_path):
@@ -516,6 +597,70 @@ def test_refuses_one_storage_of_two_types(tmp_path, is_zip):
     with pytest.raises(ValueError) as error:
         read_torch(path)
     assert_one_line(error, path, "'0'", "two types")
+
+
+@both_formats
+def test_pieces_of_a_storage_that_nobody_shows_are_skipped(tmp_path, is_zip):
+    """And tensors that share elements with one neighbour and not with the other come out right."""
+    numbers = np.arange(10**6, dtype="<f2")
+    views = {
+        "late": (900_000, 3),
+        "early": (5, 3),
+        "over": (6, 5),
+        "again": (5, 3),
+        "empty": (7, 0),
+        "last": (10**6 - 1, 1),
+    }
+    storage = _Storage(10**6, kind="HalfStorage")
+    state = pickled({name: tensor(storage, start, (size,), (1,)) for name, (start, size) in views.items()})
+    path = tmp_path / "a.pth"
+    if is_zip:
+        write_zip(path, state, {"0": numbers.tobytes()})
+    else:
+        write_legacy(path, state, [("0", 10**6, numbers.tobytes())])
+    got = read_torch(path)
+    assert list(got) == list(views)
+    for name, (start, size) in views.items():
+        np.testing.assert_array_equal(got[name], numbers[start : start + size])
+    assert np.shares_memory(got["early"], got["over"]) and not np.shares_memory(got["early"], got["late"])
+
+
+@pytest.mark.parametrize("position", [0, 40_000, 99_999])
+def test_a_changed_byte_of_a_zip_file_is_noticed_wherever_it_is(tmp_path, position):
+    """Also behind and before what the tensors show."""
+    state = pickled({"a": tensor(_Storage(100_000, kind="ByteStorage"), 30_000, (20_000,), (1,))})
+    path = write_zip(tmp_path / "a.pth", state, {"0": b"\x07" * 100_000})
+    assert (read_torch(path)["a"] == 7).all()
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\x07" * 100_000) + position] = 8
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "download it again")
+
+
+def test_reads_a_file_without_checksums(tmp_path):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(5)}, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        assert not any(record.CRC for record in archive.infolist())
+    np.testing.assert_array_equal(read_torch(tmp_path / "a.pth")["a"], np.arange(5))
+
+
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+    def read(*_):
+        raise MemoryError
+
+    path = good_file(tmp_path / "a.pth")
+    monkeypatch.setattr(torchfile, "read_pickle", read)
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "not enough memory")
+    assert "damaged" not in str(error.value)
 
 
 def test_long_names_are_cut(tmp_path):

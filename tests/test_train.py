@@ -15,6 +15,7 @@ from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.optimizer import make_optimizer
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
+from tests.quick import jit
 
 NUM_CLASSES = 3
 
@@ -37,9 +38,7 @@ KEY = jax.random.key(5)
 
 @pytest.fixture(scope="module")
 def variables():
-    return jax.jit(MODEL.init, compiler_options={"xla_backend_optimization_level": 0})(
-        jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8)
-    )
+    return jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
 
 
 def make_batch(seed, number=8, size=(32, 64), label_size=None):
@@ -88,9 +87,7 @@ IMPROVED = Segmenter(
 
 @pytest.fixture(scope="module")
 def improved_variables():
-    return jax.jit(IMPROVED.init, compiler_options={"xla_backend_optimization_level": 0})(
-        jax.random.key(1), jnp.zeros((1, 32, 32, 3), jnp.uint8)
-    )
+    return jit(IMPROVED.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3), jnp.uint8))
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -112,14 +109,16 @@ def test_the_keys_of_a_batch_differ_by_image_and_by_step():
 
 
 def test_rotation_and_dropout_follow_the_key(improved_variables):
-    tx = make_optimizer(1e-3, True)
-    state = train.start_stage(improved_variables, tx, DEVICES[:1])
+    # The same rate as in the test above, so that the step of one device is compiled already.
+    tx = make_optimizer(3e-4, True)
     (batch,) = train.batches_on_devices([make_batch(0)], DEVICES[:1])
 
     def losses(max_degrees, keys):
         step = functools.partial(train.train_step, model=IMPROVED, tx=tx, freeze_encoder=True, axis_name=train.AXIS)
-        step = train.pmap_step(functools.partial(step, max_degrees=max_degrees), DEVICES[:1], keyed=True)
-        return [float(step(state, batch, jax.random.key(key))[1]["loss"]) for key in keys]
+        step = train.pmap_step(functools.partial(step, max_degrees=max_degrees), DEVICES[:1], donate=True, keyed=True)
+        states = (train.start_stage(improved_variables, tx, DEVICES[:1]) for _ in keys)
+        keys = (train.replicate(jax.random.key(key), DEVICES[:1]) for key in keys)
+        return [float(step(state, batch, key)[1]["loss"]) for state, key in zip(states, keys, strict=True)]
 
     first, second, again = losses(30.0, (0, 1, 0))
     assert first == again
@@ -152,9 +151,7 @@ def test_stage_one_spends_no_time_on_the_encoders_backward_pass():
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
 
     def flops(step, *args):
-        # Unoptimised by LLVM, which counts the same in a third of the time.
-        unoptimised = {"xla_backend_optimization_level": 0}
-        return jax.jit(step).lower(*args).compile(unoptimised).cost_analysis()["flops"]
+        return jit(step).lower(*args).compile().cost_analysis()["flops"]
 
     def step_flops(freeze):
         tx = make_optimizer(1e-3, freeze)
@@ -354,7 +351,10 @@ def eval_batch(seed, sizes, canvas, number=8):
     return batch
 
 
-def test_predictions_equal_pytorchs_interpolation(variables):
+@pytest.mark.parametrize("at_once", [1, 2**23, 90 * NUM_CLASSES * 16])
+def test_predictions_equal_pytorchs_interpolation(variables, monkeypatch, at_once):
+    # Whole images, rows one by one, and blocks of 16 rows of which the last is cut.
+    monkeypatch.setattr(train, "_ENLARGED_AT_ONCE", at_once)
     torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
     batch = eval_batch(0, [(32, 64), (50, 75), (70, 33), (20, 90)], (70, 90))
     prediction = jax.jit(functools.partial(train.predict_step, model=MODEL))(variables, batch)

@@ -3,7 +3,7 @@
     python -m tests.peers.torch_twin --dataset folder:DIR --weights PATH [options of experiments.baseline]
 
 Takes the options of experiments.baseline, trains on the CPU in channels_last, prints the same tables and writes
-results.json into the workdir. Needs torch.
+results.json into a folder beside the baseline's --workdir, torch-<its name>. Needs torch.
 """
 
 import functools
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from experiments import run as jax_run
-from experiments.settings import Settings, parse
+from experiments.prepare import prepare
+from experiments.results import print_table, write_results
+from experiments.settings import parse
 from jaxseg import metrics, optimizer
 from jaxseg.data import loader
 from jaxseg.decoders import BaselineDecoder
@@ -147,17 +148,17 @@ def evaluate(model, batches, num_classes: int) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     """Trains the twin; returns the exit code."""
-    settings: Settings = parse("torch-twin", __doc__, argv)
-    prepared = jax_run.prepare(settings, BaselineDecoder)
-    settings.workdir.mkdir(parents=True)
+    settings = parse("baseline", __doc__, argv)
+    prepared = prepare(settings, lambda num_classes, _: BaselineDecoder(num_classes))
+    workdir = settings.workdir.with_name(f"torch-{settings.workdir.name}")
+    workdir.mkdir(parents=True)
     num_classes, splits = prepared.labels.num_classes, prepared.splits
     model = load(Segmenter(num_classes, settings.encoder), prepared.variables)
     sizes = {"image_size": settings.image_size, "batch_size": settings.batch_size}
     eval_batches = {split: functools.partial(loader.eval_batches, splits[split], **sizes) for split in splits}
     steps = loader.steps_per_epoch(splits["train"], settings.batch_size)
     best, best_state = None, None
-    for stage in prepared.stages:
-        number = 1 if stage.freeze_encoder else 2
+    for number, stage in prepared.stages.items():
         batches = iter(loader.train_batches(splits["train"], seed=2 * settings.seed + number, **sizes))
         parameters = model.decoder.parameters() if stage.freeze_encoder else model.parameters()
         # LambdaLR multiplies the optimizer's own rate, which is therefore 1.
@@ -182,8 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         results["test"] = evaluate(model, eval_batches["test"](), num_classes)
     for split, confusion in results.items():
         print(f"\n{split} split, best epoch:")
-        jax_run.print_table(confusion, prepared.labels)
-    jax_run.write_results(settings.workdir, results, prepared.labels)
+        print_table(confusion, prepared.labels)
+    write_results(workdir, results, prepared.labels)
     return 0
 
 

@@ -1,0 +1,334 @@
+"""Measures speed and memory: training in both stages, validation and inference; beside PyTorch if asked to."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import resource
+import statistics
+import sys
+import time
+from typing import Any, Literal
+
+import tyro
+
+from experiments.memory import keep_freed_memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark."""
+
+    model: Literal["baseline", "improved"] = "baseline"
+    """The model; the improved one rotates its training images by up to 30 degrees and drops a fifth in stage 2."""
+    encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
+    """The encoder."""
+    image_size: tuple[int, int] = (192, 224)
+    """Height and width in pixels."""
+    batch_size: int = 4
+    """Images in a batch, over all devices."""
+    num_classes: int = 9
+    """Number of classes."""
+    work: tuple[Literal["stage1", "stage2", "validation", "inference"], ...] = (
+        "stage1", "stage2", "validation", "inference",
+    )  # fmt: skip
+    """What is measured: training with the encoder frozen and of everything, validation at the images' size, and
+    inference, which ends with the class of each pixel on the device."""
+    loader: bool = False
+    """Read the batches from JPEG files (made for it, in a temporary folder) instead of giving the same one again."""
+    against: Literal["nothing", "torch"] = "nothing"
+    """Do the same in PyTorch, in turns, and print ratios of the times; torch must be installed."""
+    torch_forms: tuple[Literal["eager", "compile", "bf16"], ...] = ("eager",)
+    """How PyTorch does it: eager, torch.compile, or eager under bf16 autocast; always channels_last."""
+    rounds: int = 7
+    """Rounds that are measured; all programs take turns in each."""
+    steps: int = 5
+    """Steps in a round."""
+    json: pathlib.Path | None = None
+    """A file for all numbers."""
+    profile: pathlib.Path | None = None
+    """A folder for a trace of one round of each piece of jaxseg's work, for TensorBoard or Perfetto."""
+    breakdown: bool = False
+    """Also time each convolution alone, forward and backward."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark with the given arguments, or the command line's; returns the exit code."""
+    settings = tyro.cli(Settings, prog="python -m experiments.benchmark", description=__doc__, args=argv)
+    try:
+        check(settings)
+        results = measure(settings)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if settings.json:
+        settings.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def check(settings: Settings) -> None:
+    """Raises ValueError if a value is out of range or PyTorch is missing."""
+    for option in ("batch_size", "num_classes", "rounds", "steps"):
+        if getattr(settings, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be above 0, not {getattr(settings, option)}")
+    if min(settings.image_size) < 8:
+        raise ValueError(f"--image-size must be 8 or more, not {settings.image_size[0]} {settings.image_size[1]}")
+    if settings.json and not settings.json.parent.is_dir():
+        raise ValueError(f"--json {settings.json}: no folder {settings.json.parent}")
+    if settings.profile and settings.profile.exists() and not settings.profile.is_dir():
+        raise ValueError(f"--profile {settings.profile} is a file: name a folder")
+    if settings.against == "torch":
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            raise ValueError("--against torch needs PyTorch: python -m pip install torch") from None
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Measures everything that the settings ask for, printing it; returns all numbers as JSON takes them."""
+    programs = ["jaxseg"]
+    if settings.against == "torch":
+        programs += [f"torch {form}" for form in settings.torch_forms]
+    with _Worker("jaxseg", "peak", settings) as worker:
+        results: dict[str, Any] = {"settings": _as_json(settings), **worker.machine, "work": {}}
+    print(f"{results['device']}, {results['versions']}; matrix product {results['peak_gflops']:.0f} GFLOP/s")
+    print(f"{settings.model}, {settings.encoder}, {settings.image_size[0]}x{settings.image_size[1]},", end=" ")
+    print(f"batch {settings.batch_size}, loader {'included' if settings.loader else 'not included'}")
+    line = "{:<11} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
+    print(line.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "peak", "MiB", "ratio"))
+    for work in settings.work:
+        rows = results["work"][work] = _measure_work(work, programs, settings)
+        for program, row in rows.items():
+            gflops = row["gflop_per_image"] * row["images_per_s"]
+            row["gflops"], row["share_of_peak"] = gflops, gflops / results["peak_gflops"]
+            row["ratio"] = rows["jaxseg"]["ms"] / row["ms"]
+            spread = f"{row['ms']:.1f} ({row['ms_min']:.1f}-{row['ms_max']:.1f})"
+            numbers = [f"{row['images_per_s']:.1f}", spread, f"{row['start_s']:.1f}", f"{gflops:.0f}"]
+            numbers += [f"{row['share_of_peak']:.0%}", f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
+            print(line.format(work, program, *numbers), flush=True)
+    print(
+        "ms/step: median (least-most) of the rounds; start: to the end of the first step; ratio: jaxseg's time / this"
+    )
+    if settings.breakdown:
+        with _Worker("jaxseg", "breakdown", settings) as worker:
+            results["breakdown"] = worker.machine["breakdown"]
+        print(
+            f"\n{'convolution':<36} {'input':>18} {'forward ms':>11} {'GFLOP/s':>8} {'backward ms':>12} {'GFLOP/s':>8}"
+        )
+        for row in results["breakdown"]:
+            shape = "x".join(map(str, row["input"]))
+            speeds = (row["gflop"] / row["forward_ms"] * 1e3, row["backward_gflop"] / row["backward_ms"] * 1e3)
+            times = f"{row['forward_ms']:>11.2f} {speeds[0]:>8.0f} {row['backward_ms']:>12.2f} {speeds[1]:>8.0f}"
+            print(f"{row['name']:<30} {shape:>18} {times}")
+    return results
+
+
+def _measure_work(work: str, programs: list[str], settings: Settings) -> dict[str, dict[str, float]]:
+    """Measures one piece of work in all programs, which take turns; the numbers of each."""
+    workers: dict[str, _Worker] = {}
+    times: dict[str, list[float]] = {program: [] for program in programs}
+    try:
+        for program in programs:
+            workers[program] = _Worker(program, work, settings)
+        for _ in range(settings.rounds):
+            for program, worker in workers.items():
+                times[program].append(1e3 * worker.ask("round") / settings.steps)
+        if settings.profile:
+            workers["jaxseg"].ask("profile")
+        rows = {}
+        for program, worker in workers.items():
+            ms = statistics.median(times[program])
+            rows[program] = {
+                "ms": ms,
+                "ms_min": min(times[program]),
+                "ms_max": max(times[program]),
+                "images_per_s": 1e3 * settings.batch_size / ms,
+                "peak_mib": worker.ask("peak"),
+                "start_s": worker.machine["start_s"],
+                "gflop_per_image": workers["jaxseg"].machine["gflop_per_image"],
+            }
+        return rows
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+class _Worker:
+    """A process of its own for each program, so that memory is its own and one's threads are not the other's."""
+
+    def __init__(self, program: str, work: str, settings: Settings):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, program, work, settings), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.machine = self._receive(f"{program}, {work}")
+
+    def ask(self, question: str) -> float:
+        """Seconds of a round, or the peak memory in MiB."""
+        self._pipe.send(question)
+        return self._receive(question)
+
+    def _receive(self, what: str) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{what}: the process ended; its last words are above") from None
+        if isinstance(answer, Exception):
+            raise RuntimeError(f"{what}: {answer}")
+        return answer
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
+    """A worker's whole life: answers, then rounds until the pipe is closed."""
+    keep_freed_memory()
+    if program == "jaxseg" and work in ("peak", "breakdown"):
+        pipe.send(_describe_machine() if work == "peak" else {"breakdown": _break_down(_load(settings), settings)})
+        return
+    from experiments import works
+
+    load = _load(settings)
+    with works.open_batches(load, training=work in ("stage1", "stage2")) as batches:
+        try:
+            began = time.perf_counter()
+            if program == "jaxseg":
+                work_on = works.prepare(work, load, batches)
+            else:
+                from tests.peers import torch_works
+
+                work_on = torch_works.prepare(work, load, batches, program.partition(" ")[2])
+            work_on(1)
+            start = time.perf_counter() - began
+            work_on(settings.steps)
+        except Exception as error:  # whatever it is, the other process must hear of it
+            pipe.send(RuntimeError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
+            return
+        pipe.send({"start_s": start, "gflop_per_image": works.gigaflops(work, load)})
+        while True:
+            try:
+                question = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(_answer(question, work_on, program, settings, work))
+
+
+def _answer(question: str, work_on: Any, program: str, settings: Settings, work: str) -> float:
+    if question == "peak":
+        return _peak_memory(program)
+    if question == "profile":
+        import jax
+
+        with jax.profiler.trace(str(settings.profile / work)):
+            work_on(settings.steps)
+        return 0.0
+    began = time.perf_counter()
+    work_on(settings.steps)
+    return time.perf_counter() - began
+
+
+def _load(settings: Settings) -> Any:
+    from experiments.works import Load
+
+    names = {field.name for field in dataclasses.fields(Load)} & {field.name for field in dataclasses.fields(Settings)}
+    return Load(**{name: getattr(settings, name) for name in names})
+
+
+def _as_json(settings: Settings) -> dict[str, Any]:
+    values = dataclasses.asdict(settings)
+    return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in values.items()}
+
+
+def _peak_memory(program: str) -> float:
+    """MiB: of a GPU what the program had on it at most; of a CPU the process' largest resident set."""
+    if program == "jaxseg":
+        import jax
+
+        stats = jax.local_devices()[0].memory_stats()
+        if stats and "peak_bytes_in_use" in stats:
+            return stats["peak_bytes_in_use"] / 2**20
+    else:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**20
+    # In KiB; macOS has bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _describe_machine() -> dict[str, Any]:
+    """What it runs on, and the speed of a large matrix product: float32, or on a GPU what JAX makes of it."""
+    import flax
+    import jax
+    import jax.numpy as jnp
+
+    product, side = jax.jit(jnp.matmul), 2048
+    a = jnp.ones((side, side))
+    product(a, a).block_until_ready()
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        product(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    devices = jax.local_devices()
+    return {
+        "device": f"{len(devices)} {devices[0].device_kind} ({os.cpu_count()} cores)",
+        "versions": f"jax {jax.__version__}, flax {flax.__version__}",
+        "peak_gflops": 2 * side**3 / min(seconds) / 1e9,
+    }
+
+
+def _break_down(load: Any, settings: Settings) -> list[dict[str, Any]]:
+    """Times each convolution alone: the median of the rounds."""
+    import jax
+    import jax.numpy as jnp
+
+    from experiments.works import list_convolutions
+
+    def milliseconds(function: Any, *args: Any) -> float:
+        function = jax.jit(function)
+        jax.block_until_ready(function(*args))
+        times = []
+        for _ in range(settings.rounds):
+            began = time.perf_counter()
+            jax.block_until_ready([function(*args) for _ in range(settings.steps)])
+            times.append(1e3 * (time.perf_counter() - began) / settings.steps)
+        return statistics.median(times)
+
+    rows = []
+    for convolution in list_convolutions(load):
+        module, shape = convolution.module, convolution.shape
+        x = jax.random.normal(jax.random.key(0), shape)
+        kernel = module.init(jax.random.key(1), x)
+        y = module.apply(kernel, x)
+        # An image's own gradient is not computed.
+        arguments = (0,) if shape[-1] == 3 else (0, 1)
+
+        def pull_back(kernel: Any, x: Any, y: Any, module: Any = module, arguments: Any = arguments) -> Any:
+            return jax.grad(lambda kernel, x: jnp.vdot(module.apply(kernel, x), y), arguments)(kernel, x)
+
+        rows.append(
+            {
+                "name": convolution.name,
+                "input": list(shape),
+                "gflop": convolution.gigaflops,
+                "backward_gflop": convolution.gigaflops * len(arguments),
+                "forward_ms": milliseconds(module.apply, kernel, x),
+                "backward_ms": milliseconds(pull_back, kernel, x, y),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""The pieces of work that the benchmark measures, as jaxseg does them: steps of training, validation, inference."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from PIL import Image
+
+from jaxseg import train
+from jaxseg.data import folder, loader
+from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
+from jaxseg.layers import Conv, ConvTranspose
+from jaxseg.optimizer import make_optimizer
+from jaxseg.resnet import ResNet
+from jaxseg.segmenter import Segmenter
+
+WORKS = ("stage1", "stage2", "validation", "inference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is worked on; the fields are options of `experiments.benchmark`, which explains them."""
+
+    model: str = "baseline"
+    encoder: str = "resnet18"
+    image_size: tuple[int, int] = (192, 224)
+    batch_size: int = 4
+    num_classes: int = 9
+    loader: bool = False
+    dropout: float = 0.2
+    max_degrees: float = 30.0
+
+
+def make_model(load: Load, axis_name: str | None = train.AXIS) -> Segmenter:
+    """The segmenter that the load names."""
+    decoders = {
+        "baseline": lambda: BaselineDecoder(load.num_classes),
+        "improved": lambda: ImprovedDecoder(load.num_classes, dropout_rate=load.dropout, axis_name=axis_name),
+    }
+    return Segmenter(ResNet(load.encoder, axis_name=axis_name), decoders[load.model]())
+
+
+def make_batch(load: Load) -> dict[str, np.ndarray]:
+    """One batch of noise, its labels as large as its images."""
+    rng, shape = np.random.default_rng(0), (load.batch_size, *load.image_size)
+    return {
+        "image": rng.integers(0, 256, (*shape, 3), dtype=np.uint8),
+        "label": rng.integers(0, load.num_classes, shape, dtype=np.uint8),
+        "label_size": np.full((load.batch_size, 2), load.image_size, np.int32),
+    }
+
+
+@contextlib.contextmanager
+def open_batches(load: Load, training: bool) -> Iterator[Iterator[dict[str, np.ndarray]]]:
+    """Endless batches: always the same, or, with `load.loader`, from JPEG files a quarter larger than the images."""
+    if not load.loader:
+        yield itertools.repeat(make_batch(load))
+        return
+    rng, number = np.random.default_rng(0), 4 * load.batch_size
+    height, width = (length * 5 // 4 for length in load.image_size)
+    with tempfile.TemporaryDirectory() as root:
+        for part in ("img", "seg"):
+            (pathlib.Path(root) / "train" / part).mkdir(parents=True)
+            (pathlib.Path(root) / "val" / part).mkdir(parents=True)
+        for split, index in itertools.product(("train", "val"), range(number)):
+            # Enlarged noise: it compresses about as a photograph does.
+            noise = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+            label = rng.integers(0, load.num_classes, (height // 8, width // 8), dtype=np.uint8)
+            noise.resize((width, height)).save(pathlib.Path(root) / split / "img" / f"{index}.jpg", quality=90)
+            Image.fromarray(label).resize((width, height), 0).save(pathlib.Path(root) / split / "seg" / f"{index}.png")
+        _, splits = folder.open_folder(pathlib.Path(root), load.num_classes)
+        sizes = {"image_size": load.image_size, "batch_size": load.batch_size}
+        if training:
+            yield iter(loader.train_batches(splits["train"], seed=0, **sizes))
+        else:
+            yield itertools.chain.from_iterable(itertools.repeat(loader.eval_batches(splits["val"], **sizes)))
+
+
+def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> Callable[[int], None]:
+    """Builds `work_on(number)`, which does a piece of work on that many batches and waits until it is done.
+
+    Args:
+      work: one of WORKS.
+      load: what is worked on.
+      batches: endless host batches.
+    """
+    model, devices = make_model(load), jax.local_devices()
+    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    variables = train.replicate(init(jax.random.key(0), image), devices)
+    names = ("image", "label", "label_size") if work == "validation" else ("image", "label")
+    batches = ({name: batch[name] for name in names} for batch in batches)
+    if work in ("stage1", "stage2"):
+        freeze = work == "stage1"
+        tx = make_optimizer(1e-3, freeze)
+        step = functools.partial(
+            train.train_step,
+            model=make_model(dataclasses.replace(load, dropout=0.0 if freeze else load.dropout)),
+            tx=tx,
+            freeze_encoder=freeze,
+            max_degrees=load.max_degrees if load.model == "improved" else 0.0,
+            axis_name=train.AXIS,
+        )
+        step = train.pmap_step(step, devices, donate=True, keyed=True)
+        state, key = train.start_stage(variables, tx, devices), train.replicate(jax.random.key(0), devices)
+        on_devices = train.batches_on_devices(batches, devices)
+
+        def work_on(number: int) -> None:
+            nonlocal state
+            for _ in range(number):
+                state, metrics = step(state, next(on_devices), key)
+            jax.block_until_ready((state, metrics))
+
+    elif work == "validation":
+        evaluate = train.make_evaluate(model, load.num_classes, devices)
+
+        def work_on(number: int) -> None:
+            evaluate(variables, itertools.islice(batches, number))
+
+    else:
+
+        def predict(variables: Any, batch: Any) -> jax.Array:
+            return model.apply(variables, batch["image"]).argmax(-1)
+
+        step = train.pmap_step(predict, devices, per_image=True)
+        on_devices = train.batches_on_devices(batches, devices)
+
+        def work_on(number: int) -> None:
+            outputs = [step(variables, next(on_devices)) for _ in range(number)]
+            jax.block_until_ready(outputs)
+
+    return work_on
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """One convolution of a model.
+
+    Attributes:
+      name: its path, such as 'encoder/layer1_0/conv1'.
+      module: the layer, unbound.
+      shape: of its input, with the batch.
+      gigaflops: of its forward pass on the batch, a multiplication and an addition being two operations.
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    gigaflops: float
+
+
+def list_convolutions(load: Load) -> list[Convolution]:
+    """The convolutions of a model in the order in which an image passes them; nothing is computed."""
+    found: dict[str, Convolution] = {}
+    model = make_model(load, axis_name=None)
+
+    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        output, module = call(*args, **kwargs), context.module
+        if context.method_name == "__call__" and isinstance(module, (Conv, ConvTranspose, nn.Conv)):
+            # An output of a transposed convolution sees 2x2 of its 4x4 taps.
+            taps = 4 if isinstance(module, ConvTranspose) else math.prod(module.kernel_size)
+            work = 2 * taps * args[0].shape[-1] * math.prod(output.shape) / 1e9
+            name = "/".join(module.path)
+            found[name] = Convolution(name, module.clone(parent=None, name=None), args[0].shape, work)
+        return output
+
+    with nn.intercept_methods(record):
+        image = jax.ShapeDtypeStruct((load.batch_size, *load.image_size, 3), jnp.uint8)
+        jax.eval_shape(model.init, jax.random.key(0), image)
+    return list(found.values())
+
+
+def gigaflops(work: str, load: Load) -> float:
+    """The useful work on one image: that of the convolutions, in 10^9 operations.
+
+    A layer that trains takes three times as much as its forward pass, but for the first one's input gradient, which
+    nobody needs. However a step computes them, and whatever else it does, this is what is counted.
+    """
+    total = 0.0
+    for index, convolution in enumerate(list_convolutions(dataclasses.replace(load, batch_size=1))):
+        trains = work == "stage2" or (work == "stage1" and convolution.name.startswith("decoder"))
+        total += convolution.gigaflops * (1 + trains * (1 if index == 0 else 2))
+    return total

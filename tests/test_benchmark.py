@@ -1,0 +1,61 @@
+"""The benchmark: what it counts, and that it measures what it says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import benchmark, works
+
+
+@pytest.mark.parametrize(("encoder", "published"), [("resnet18", 1.814), ("resnet50", 4.089)])
+def test_the_work_is_counted_as_torchvision_does(encoder, published):
+    """Its tables give 10^9 multiplications of an image of 224x224, with the last layer, which is missing here."""
+    convolutions = works.list_convolutions(works.Load(encoder=encoder, image_size=(224, 224), batch_size=1))
+    encoder = sum(convolution.gigaflops for convolution in convolutions if convolution.name.startswith("encoder"))
+    assert abs(encoder / 2 - published) < 0.003
+
+
+def test_what_trains_counts_three_times():
+    load = works.Load(image_size=(64, 96), batch_size=1, num_classes=5)
+    inputs = zip((512, 256, 128, 64, 32), (256, 128, 64, 32, 16), strict=True)
+    # Each layer doubles 2x3; each output sees 2x2 taps.
+    decoder = 2 * sum(4 * i * o * 6 * 4 ** (layer + 1) for layer, (i, o) in enumerate(inputs)) + 2 * 16 * 5 * 64 * 96
+    stem = 2 * 7 * 7 * 3 * 64 * 32 * 48
+    forward = works.gigaflops("inference", load) * 1e9
+    assert works.gigaflops("validation", load) * 1e9 == forward
+    np.testing.assert_allclose(works.gigaflops("stage1", load) * 1e9, forward + 2 * decoder)
+    np.testing.assert_allclose(works.gigaflops("stage2", load) * 1e9, 3 * forward - stem)
+
+
+def test_it_measures_and_writes_what_it_measured(tmp_path, capsys):
+    options = ["--image-size", "32", "32", "--work", "inference", "--rounds", "2", "--steps", "1", "--loader"]
+    path = tmp_path / "numbers.json"
+    assert benchmark.main([*options, "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    row = results["work"]["inference"]["jaxseg"]
+    assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["ratio"] == 1
+    np.testing.assert_allclose(row["images_per_s"] * row["ms"], 1e3 * 4)
+    np.testing.assert_allclose(row["gflops"], row["gflop_per_image"] * row["images_per_s"])
+    np.testing.assert_allclose(row["share_of_peak"], row["gflops"] / results["peak_gflops"])
+    assert "32x32, batch 4, loader included" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--image-size", "4", "32"], "8 or more"),
+        (["--json", "no/such/folder.json"], "no/such"),
+        (["--profile", __file__], "is a file"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(capsys, options, said):
+    assert benchmark.main(options) == 2
+    line = capsys.readouterr().err.strip()
+    assert said in line and "\n" not in line
+
+
+def test_what_a_program_cannot_do_is_told_too(capsys):
+    assert benchmark.main(["--batch-size", "3", "--image-size", "32", "32", "--work", "inference"]) == 2
+    assert "error: jaxseg, inference: " in capsys.readouterr().err
