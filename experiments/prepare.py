@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from experiments.processes import ALONE, Processes
 from experiments.settings import Settings
 from jaxseg import pretrained, train
 from jaxseg.data import folder, loader, shapes
@@ -36,7 +37,8 @@ class Run:
       make_model: dropout rate -> the segmenter.
       variables: {'params', 'batch_stats'} at the start.
       stages: those that have epochs, by their number, 1 or 2.
-      devices: the local devices.
+      devices: those of all processes.
+      processes: the processes that train it.
     """
 
     settings: Settings
@@ -46,6 +48,7 @@ class Run:
     variables: Any
     stages: dict[int, train.Stage]
     devices: tuple[jax.Device, ...]
+    processes: Processes
 
     @property
     def model(self) -> nn.Module:
@@ -53,14 +56,19 @@ class Run:
         return self.make_model(0.0)
 
 
-def prepare(settings: Settings, make_decoder: MakeDecoder) -> Run:
+def prepare(settings: Settings, make_decoder: MakeDecoder, processes: Processes = ALONE) -> Run:
     """Opens the data and the weights and checks that all fits, before any training.
+
+    Args:
+      settings: complete settings.
+      make_decoder: (num_classes, dropout_rate) -> decoder.
+      processes: the processes of the run; each calls it, and none waits here for the others.
 
     Raises:
       ValueError: something does not fit; the message is one line for the user.
       OSError: a file or folder cannot be read.
     """
-    devices = tuple(jax.local_devices())
+    devices = train.all_devices()
     if settings.batch_size % len(devices):
         fitting = -(-settings.batch_size // len(devices)) * len(devices)
         raise ValueError(
@@ -94,7 +102,7 @@ def prepare(settings: Settings, make_decoder: MakeDecoder) -> Run:
         for index in range(2)
         if settings.epochs[index]
     }
-    return Run(settings, labels, splits, make_model, variables, stages, devices)
+    return Run(settings, labels, splits, make_model, variables, stages, devices, processes)
 
 
 def find_data(settings: Settings) -> tuple[Labels, Callable[[], dict[str, Any]]]:

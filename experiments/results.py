@@ -99,11 +99,13 @@ def draw(run: Run, variables: Any, confusion: np.ndarray) -> None:
 def predict(run: Run, variables: Any, source: Any) -> list[np.ndarray]:
     """The class map of each image of a source, (h, w) int32 at its label's size."""
     step_fn = functools.partial(train.predict_step, model=run.model)
-    step_fn = train.pmap_step(step_fn, run.devices, per_image=True)
-    variables = train.replicate(variables, run.devices)
+    # Of several processes only one draws: the others' devices take no part.
+    devices = train.local_devices(run.devices)
+    step_fn = train.pmap_step(step_fn, devices, per_image=True)
+    variables = train.replicate(variables, devices)
     settings, maps = run.settings, []
     batches = loader.eval_batches(source, image_size=settings.image_size, batch_size=settings.batch_size)
-    for batch in train.batches_on_devices(batches, run.devices):
+    for batch in train.batches_on_devices(batches, devices):
         prediction = np.asarray(step_fn(variables, batch))
         maps.extend(prediction.reshape(-1, *prediction.shape[2:]))
     sizes = source.label_sizes()

@@ -1,6 +1,7 @@
 """One training run, from settings to pictures: what every training experiment has in common."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import pathlib
@@ -14,9 +15,10 @@ from absl import logging as absl_logging
 
 from experiments.compiled import keep_compiled_programs
 from experiments.prepare import MakeDecoder, Run, prepare
+from experiments.processes import Agreement, Processes, start
 from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, differences, to_json
-from experiments.stages import Records, resume, train_stages
+from experiments.stages import Records, resume, share_resumed, train_stages
 from experiments.stop import Stop, catch_signals
 from jaxseg import checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
@@ -33,19 +35,37 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
     absl_logging.set_verbosity(absl_logging.ERROR)
     jax.config.update("jax_debug_nans", settings.debug_nans)
     keep_compiled_programs()
+    try:
+        processes = start(settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with processes.silence_others():
+        code = run_in(processes, settings, make_decoder)
+    return processes.leave(code)
+
+
+def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) -> int:
+    """`run`, once the processes are connected."""
+    # The first one writes; the others may have been given another folder, or none.
+    settings = dataclasses.replace(settings, workdir=pathlib.Path(processes.from_first(str(settings.workdir))))
     go_on = f"the same command with --workdir {settings.workdir} goes on from the last checkpoint"
     try:
-        check_workdir(settings.workdir, {"settings": to_json(settings)})
-        prepared = prepare(settings, make_decoder)
+        prepared = prepare_in_turn(processes, settings, make_decoder)
         if settings.summary:
             print(summary.format_summary(summary.list_layers(prepared.model, settings.image_size)))
             return 0
-        with claim_workdir(settings.workdir, meta := describe_run(prepared)):
+        with contextlib.ExitStack() as stack:
+            meta = describe_run(prepared)
+            with processes.share_mistakes():
+                if processes.first:
+                    stack.enter_context(claim_workdir(settings.workdir, meta))
             try:
                 stopped = execute(prepared, meta)
             except OSError as error:
                 print(f"error: {error}; {go_on}", file=sys.stderr)
                 return 1
+            processes.wait_for_all()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,10 +77,44 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; {go_on}", file=sys.stderr)
         return 130
+    except jax.errors.JaxRuntimeError as error:
+        if processes.number == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"error: another process of the run has ended, or cannot be reached ({reason}); {go_on}", file=sys.stderr)
+        return 1
     if stopped is not None:
-        print(f"stopped, and saved; {go_on}", file=sys.stderr)
+        if processes.first:
+            print(f"stopped, and saved; {go_on}", file=sys.stderr)
         return 128 + stopped
     return 0
+
+
+def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: MakeDecoder) -> Run:
+    """Prepares in the first process, which may render or download, then in the others, and makes sure that all agree.
+
+    Raises:
+      ValueError: something does not fit, in any process; the message is one line for the user.
+      OSError: a file or folder cannot be read.
+    """
+    check_equal(processes, {"settings": to_json(settings)})
+    with processes.share_mistakes():
+        if processes.first:
+            check_workdir(settings.workdir, {"settings": to_json(settings)})
+            prepared = prepare(settings, make_decoder, processes)
+    with processes.share_mistakes():
+        if not processes.first:
+            prepared = prepare(settings, make_decoder, processes)
+    check_equal(processes, describe_run(prepared))
+    return dataclasses.replace(prepared, variables=processes.arrays_from_first(prepared.variables))
+
+
+def check_equal(processes: Processes, meta: dict[str, Any]) -> None:
+    """Raises ValueError, in all processes, unless all have the same `meta`."""
+    there, *others = map(json.loads, processes.gather(json.dumps(meta)))
+    for index, here in enumerate(others, 1):
+        if found := differ(there, here):
+            raise ValueError(f"process 0 (there) and process {index} (here) differ: {'; '.join(found)}")
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -81,13 +135,7 @@ def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
             raise ValueError(f"--workdir {workdir} is not empty and holds no run: name another, or empty it")
         return
     try:
-        there = json.loads(config.read_text())
-        found = differences(there["settings"], meta["settings"])
-        found += [
-            f"{name} {there[name]} there, {meta[name]} here"
-            for name in meta.keys() - {"settings"}
-            if there[name] != meta[name]
-        ]
+        found = differ(json.loads(config.read_text()), meta)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{config} is damaged ({error!r}): put it back, or give another --workdir") from error
     if found:
@@ -95,6 +143,15 @@ def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
             f"--workdir {workdir} holds a run that differs: {'; '.join(found)}. Go on with its options, or give another"
             " --workdir"
         )
+
+
+def differ(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """In what two `describe_run` differ, as far as the second one goes."""
+    return differences(there["settings"], here["settings"]) + [
+        f"{name} {there[name]} there, {here[name]} here"
+        for name in here.keys() - {"settings"}
+        if there[name] != here[name]
+    ]
 
 
 @contextlib.contextmanager
@@ -147,28 +204,43 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
     """
     workdir = run.settings.workdir
     sizes = ", ".join(f"{len(source)} {name}" for name, source in run.splits.items())
-    print(f"images: {sizes}; devices: {len(run.devices)}")
+    together = f" in {run.processes.number} processes" if run.processes.number > 1 else ""
+    print(f"images: {sizes}; devices: {len(run.devices)}{together}")
     for number in (1, 2):
         line = describe(run.stages[number], run.variables["params"]) if number in run.stages else None
         print(line or f"stage {number}: left out (0 epochs)")
-    with checkpoint.open_checkpoints(workdir / "checkpoints") as manager:
-        resumed = resume(run, manager)
-        rows, step = 0, 0
-        if resumed:
-            state, progress = resumed
-            rows, step = progress.rows, int(state.step)
-            over = progress.epoch > run.stages[progress.stage].epochs
-            place = "which is over" if over else f"epoch {progress.epoch}"
-            print(f"going on after {step} updates: stage {progress.stage}, {place}")
-        with catch_signals() as stop, MetricsLog(workdir, run.labels.num_classes, rows, step) as log:
+    processes, manager, log, resumed = run.processes, None, None, None
+    with contextlib.ExitStack() as checkpoints:
+        with contextlib.ExitStack() as logs:
+            with processes.share_mistakes():
+                if processes.first:
+                    manager = checkpoints.enter_context(checkpoint.open_checkpoints(workdir / "checkpoints"))
+                    resumed = resume(run, manager)
+                    rows, step = 0, 0
+                    if resumed:
+                        state, progress = resumed
+                        rows, step = progress.rows, int(state.step)
+                        over = progress.epoch > run.stages[progress.stage].epochs
+                        place = "which is over" if over else f"epoch {progress.epoch}"
+                        print(f"going on after {step} updates: stage {progress.stage}, {place}")
+                    log = logs.enter_context(MetricsLog(workdir, run.labels.num_classes, rows, step))
+            resumed = share_resumed(run, resumed)
+            agreement = Agreement(run.devices) if processes.number > 1 else None
+            stop = logs.enter_context(catch_signals(agreement))
             # One function for all splits and stages: it compiles once where the labels' sizes agree.
             evaluate = make_evaluate(run, stop)
             train_stages(run, resumed, lambda variables: evaluate(variables, "val"), Records(manager, log, meta, stop))
-            checkpoint.wait(manager)
+            if manager:
+                checkpoint.wait(manager)
+            stop.settle()
         if stop.signal is not None:
             return int(stop.signal)
-        variables, saved = checkpoint.restore_model(manager, checkpoint.BEST, run.variables)
-    finish(run, variables, saved, evaluate)
+        variables, saved = run.variables, None
+        with processes.share_mistakes():
+            if manager:
+                variables, saved = checkpoint.restore_model(manager, checkpoint.BEST, variables)
+    saved = json.loads(processes.from_first(json.dumps(saved)))
+    finish(run, processes.arrays_from_first(variables), saved, evaluate)
     return None
 
 
@@ -182,6 +254,8 @@ def finish(run: Run, variables: Any, saved: dict[str, Any], evaluate: Callable[[
         results["test"] = evaluate(train.replicate(variables, run.devices), "test")
         print(f"test split, at that epoch ({best_epoch}):")
         print_table(results["test"], run.labels)
+    if not run.processes.first:
+        return
     workdir = run.settings.workdir
     write_results(workdir, results, run.labels)
     draw(run, variables, best)
@@ -195,12 +269,15 @@ def make_evaluate(run: Run, stop: Stop) -> Callable[[Any, str], np.ndarray | Non
 
     def until_stopped(batches: Any) -> Iterator[Any]:
         for batch in batches:
+            stop.poll()
             if stop.signal is not None:
                 return
             yield batch
 
     def evaluate_split(variables: Any, split: str) -> np.ndarray | None:
-        confusion = evaluate(variables, until_stopped(loader.eval_batches(run.splits[split], **sizes)))
+        confusion = evaluate(
+            variables, until_stopped(loader.eval_batches(run.splits[split], part=run.processes.part, **sizes))
+        )
         return confusion if stop.signal is None else None
 
     return evaluate_split

@@ -37,7 +37,8 @@ RECIPES = {
 
 
 # The options that change no number: a run may go on with others.
-_FREE = {"data_dir", "workdir", "save_minutes", "summary", "debug_nans"}
+_PROCESSES = ("coordinator", "num_processes", "process_id")
+_FREE = {"data_dir", "workdir", "save_minutes", "summary", "debug_nans", "distributed", *_PROCESSES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,15 @@ class Settings:
     """Print the model's layers, their output shapes and parameters, and stop."""
     debug_nans: bool = False
     """Stop with a traceback at the operation that first gives a NaN; slower, on one device."""
+    distributed: bool = False
+    """Train together with the other processes of the job: of SLURM (started by srun), Open MPI (mpirun) or GKE, which
+    JAX finds. The batch is split over the devices of all of them, and process 0 writes."""
+    coordinator: str | None = None
+    """The same where JAX cannot find the processes: HOST:PORT of process 0, a free port that the others can reach."""
+    num_processes: int | None = None
+    """How many processes there are; with --coordinator."""
+    process_id: int | None = None
+    """Which one of them this is, from 0; with --coordinator."""
 
 
 def parse(name: str, description: str, argv: list[str] | None = None) -> Settings:
@@ -186,5 +196,25 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"--epochs {settings.epochs[0]} {settings.epochs[1]}: both from 0 up, and one of them above 0")
     if settings.weights_scope == "all" and settings.weights in ("none", "imagenet"):
         raise ValueError(f"--weights-scope all: --weights {settings.weights} has no decoder, name the workdir of a run")
+    _check_processes(settings)
     if settings.num_classes is not None and not 2 <= settings.num_classes <= 255:
         raise ValueError(f"--num-classes must be from 2 to 255, not {settings.num_classes}")
+
+
+def _check_processes(settings: Settings) -> None:
+    missing = [f"--{name.replace('_', '-')}" for name in _PROCESSES if getattr(settings, name) is None]
+    if len(missing) not in (0, len(_PROCESSES)):
+        raise ValueError(f"--coordinator, --num-processes and --process-id go together: {', '.join(missing)} missing")
+    if (settings.distributed or not missing) and settings.debug_nans:
+        raise ValueError("--debug-nans works in one process: JAX cannot tell the operation of several")
+    if missing:
+        return
+    if settings.distributed:
+        raise ValueError("--distributed lets JAX find the processes, --coordinator names them: give one of the two")
+    if not 0 <= settings.process_id < settings.num_processes:
+        raise ValueError(
+            f"--process-id {settings.process_id}: must be from 0 to below --num-processes {settings.num_processes}"
+        )
+    host, _, port = settings.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--coordinator {settings.coordinator!r}: must be HOST:PORT, such as 10.0.0.1:12345")

@@ -1,6 +1,7 @@
 """Training stage after stage, with all that lets a run that was stopped go on where it was."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 import time
@@ -51,14 +52,14 @@ class Records:
     """Where a run writes while it trains.
 
     Attributes:
-      manager: the checkpoints.
-      log: the metrics.
+      manager: the checkpoints; None in a process that writes nothing.
+      log: the metrics; None likewise.
       meta: what every checkpoint holds, as JSON.
       stop: whether the run was asked to stop.
     """
 
     manager: Any
-    log: MetricsLog
+    log: MetricsLog | None
     meta: dict[str, Any]
     stop: Stop
 
@@ -75,14 +76,27 @@ def resume(run: Run, manager: Any) -> tuple[train.TrainState, Progress] | None:
     for number in numbers:
         try:
             progress = Progress(**checkpoint.read_meta(manager, number)["progress"])
-            template = train.start_stage(run.variables, _make_optimizer(run, progress.stage)[0], run.devices)
-            restored = checkpoint.restore_state(manager, number, template), progress
+            restored = checkpoint.restore_state(manager, number, _first_state(run, progress.stage)), progress
         except ValueError as error:
             aside = checkpoint.set_aside(manager, number)
             print(f"warning: {error}; it is now called {aside.name}, and not used", file=sys.stderr)
     if numbers and restored is None:
         raise ValueError(f"no checkpoint in {manager.directory} can be read: start anew with another --workdir")
     return restored
+
+
+def share_resumed(
+    run: Run, resumed: tuple[train.TrainState, Progress] | None
+) -> tuple[train.TrainState, Progress] | None:
+    """What `resume` gave the first process, in all."""
+    if run.processes.number == 1:
+        return resumed
+    progress = json.loads(run.processes.from_first(json.dumps(resumed and dataclasses.asdict(resumed[1]))))
+    if progress is None:
+        return None
+    progress = Progress(**progress)
+    state = resumed[0] if resumed else _first_state(run, progress.stage)
+    return run.processes.arrays_from_first(state), progress
 
 
 def train_stages(
@@ -146,11 +160,11 @@ def train_one_stage(
     done = (progress.epoch - 1) * steps + progress.updates
     variables, step = {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
     first_step, rates = step - done, _make_optimizer(run, number)[1]
-    losses, saved = _losses_so_far(settings.workdir, progress), time.perf_counter()
+    losses, saved = _losses_so_far(settings.workdir, progress) if log else [], time.perf_counter()
     began = saved - progress.seconds
 
     def wants_state() -> bool:
-        return stop.signal is not None or time.perf_counter() - saved > 60 * settings.save_minutes
+        return stop.poll(due=time.perf_counter() - saved > 60 * settings.save_minutes)
 
     place = progress.epoch, progress.updates
     batches = _batches(run, number, done)
@@ -159,17 +173,19 @@ def train_one_stage(
         model, tx, state, stage, key, batches, steps, evaluate, run.devices, start=place, wants_state=wants_state
     )
     images = {"total": stage.epochs * steps * settings.batch_size, "initial": done * settings.batch_size}
-    with tqdm(**images, desc=stage.name, unit="img", disable=None, smoothing=0.1) as bar:
+    with tqdm(**images, desc=stage.name, unit="img", disable=None if log else True, smoothing=0.1) as bar:
         for event in _explained(events, run, stage, first_step, rates):
             if isinstance(event, train.StepDone):
                 losses.append(event.loss)
-                log.step(number, event.epoch, event.step, event.loss, float(rates[event.step - 1 - first_step]))
+                if log:
+                    log.step(number, event.epoch, event.step, event.loss, float(rates[event.step - 1 - first_step]))
                 bar.update(settings.batch_size)
                 bar.set_postfix(loss=f"{event.loss:.3f}", refresh=False)
                 continue
             seconds = time.perf_counter() - began
             if isinstance(event, train.EpochDone):
-                _tell_epoch(log, number, stage, event, float(np.mean(losses)), seconds)
+                if log:
+                    _tell_epoch(log, number, stage, event, float(np.mean(losses)), seconds)
                 # The next step donates the state's buffers: only the last epoch's outlive the loop.
                 variables, step = {"params": event.state.params, "batch_stats": event.state.batch_stats}, event.step
                 progress = Progress(number, event.epoch + 1, last=event.confusion.tolist(), before=progress.before)
@@ -177,11 +193,17 @@ def train_one_stage(
             else:
                 place = {"epoch": event.epoch, "updates": event.updates, "seconds": seconds}
                 progress = dataclasses.replace(progress, **place)
-            progress = _save(records, stage, event, progress)
+            if log:
+                progress = _save(records, stage, event, progress)
             saved = time.perf_counter()
-            if stop.signal is not None:
+            if stop.settle():
                 break
     return variables, step, progress
+
+
+def _first_state(run: Run, number: int) -> train.TrainState:
+    """A state of the stage, as its checkpoints hold it."""
+    return train.start_stage(run.variables, _make_optimizer(run, number)[0], run.devices)
 
 
 def _make_optimizer(run: Run, number: int) -> tuple[optax.GradientTransformation, np.ndarray]:
@@ -206,6 +228,7 @@ def _batches(run: Run, number: int, start: int) -> Any:
         batch_size=settings.batch_size,
         seed=2 * settings.seed + number,
         start=start,
+        part=run.processes.part,
     )
 
 

@@ -23,12 +23,15 @@ def open_checkpoints(directory: pathlib.Path) -> ocp.CheckpointManager:
     Args:
       directory: made if it is missing; what an interrupted save left in it is removed.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     # `max_to_keep` with `best_fn` would delete the last one.
     best = preservation_policy.BestN(n=1, get_metric_fn=_mean_iou, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         best_fn=_mean_iou,
         preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best]),
         cleanup_tmp_directories=True,
+        create=False,
+        multiprocessing_options=_alone(),
     )
     return ocp.CheckpointManager(directory.resolve(), options=options)
 
@@ -148,6 +151,12 @@ def set_aside(manager: ocp.CheckpointManager, number: int) -> pathlib.Path:
     return pathlib.Path(aside)
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """A manager is one process' affair; by default, of a run of several processes all would have to call it."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+
+
 def _mean_iou(metrics: dict[str, float]) -> float:
     return metrics["mean_iou"]
 
@@ -192,7 +201,10 @@ def _restore(manager: ocp.CheckpointManager, number: int, templates: dict[str, A
 
 def _open_to_read(directory: pathlib.Path) -> ocp.CheckpointManager:
     """Not `open_checkpoints`, which would remove what another program is just writing."""
-    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(best_fn=_mean_iou, read_only=True))
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(best_fn=_mean_iou, read_only=True, multiprocessing_options=_alone()),
+    )
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def pmap_step(
 
     Args:
       step: a pure function whose outputs are equal on all devices, or, with `per_image`, one entry per image.
-      devices: the local devices.
+      devices: those of all processes that call it, process after process, and of each process equally many.
       donate: the state's buffers are reused for the output; the caller's state is gone.
       per_image: outputs keep the leading axes (devices, images per device).
       keyed: the step is `step(state, batch, key)`, the key the same on all devices.
@@ -240,19 +240,34 @@ def pmap_step(
     return jax.pmap(step, **axes, devices=devices, donate_argnums=(0,) if donate else ())
 
 
+def all_devices() -> tuple[jax.Device, ...]:
+    """The devices of all processes, process after process: so lie the parts of a batch that the processes read."""
+    return tuple(sorted(jax.devices(), key=lambda device: device.process_index))
+
+
+def local_devices(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Those devices that belong to this process."""
+    return [device for device in devices if device.process_index == jax.process_index()]
+
+
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Copies every array of `tree` to all devices, without an added axis (with it each step compiles twice)."""
-    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))
+    """Copies every array of `tree` to all of this process' devices, without an added axis.
+
+    With an axis each step compiles twice. Of several processes each copies its own `tree`: they must be equal.
+    """
+    mesh = Mesh(np.array(local_devices(devices)), (AXIS,))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def batches_on_devices(batches: Iterable[Batch], devices: Sequence[jax.Device], ahead: int = 2) -> Iterator[Batch]:
     """Splits each batch over the devices, (N, ...) -> (devices, N / devices, ...), and puts it there ahead of its use.
 
     Args:
-      batches: host batches of arrays whose first axis the devices divide.
-      devices: the local devices.
+      batches: host batches of arrays whose first axis the devices divide; of several processes each has its own part.
+      devices: the devices of all processes; used are those of this one.
       ahead: how many batches are under way to the devices.
     """
+    devices = local_devices(devices)
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
     queue: collections.deque[Batch] = collections.deque()
     for batch in batches:
@@ -304,7 +319,7 @@ def run_stage(
       steps_per_epoch: updates in an epoch.
       evaluate: {'params', 'batch_stats'} -> (C, C) int64 confusion matrix of the validation split, or None if it broke
         off.
-      devices: the local devices.
+      devices: the devices of all processes.
       start: the epoch, from 1, and the number of its updates that are made already.
       wants_state: asked before each update but an epoch's first; where it says True, `Halfway` is told.
 
@@ -377,7 +392,7 @@ def make_evaluate(
     Args:
       model: the segmenter.
       num_classes: C.
-      devices: the local devices.
+      devices: the devices of all processes.
 
     Returns:
       evaluate(variables, batches) -> (C, C) int64 confusion matrix, with variables {'params', 'batch_stats'} on the

@@ -121,7 +121,7 @@ def shallow_resnet50(monkeypatch):
     """A ResNet-50 with one bottleneck block in each group: compiling all sixteen takes most of a minute."""
     monkeypatch.setitem(VARIANTS, "resnet50", (Bottleneck, (1, 1, 1, 1)))
     monkeypatch.setattr("experiments.run.draw", lambda *_: None)
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr("jaxseg.train.all_devices", lambda: jax.devices()[:1])
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -189,6 +189,36 @@ def test_batches_left_out_at_the_start_change_nothing_else(consumed):
             np.testing.assert_array_equal(value, other[key])
 
 
+class ReadSource(ArraySource):
+    """Remembers which images were read."""
+
+    def __init__(self, length):
+        super().__init__(length)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_parts_of_a_batch_make_the_batch_and_read_no_more(parts):
+    source = ReadSource(15)
+    options = {"image_size": IMAGE_SIZE, "batch_size": 6}
+    for make in (
+        lambda **part: list(loader.eval_batches(source, **options, **part)),
+        lambda **part: list(itertools.islice(loader.train_batches(source, **options, seed=3, start=1, **part), 5)),
+    ):
+        whole, together = make(), [make(part=(which, parts)) for which in range(parts)]
+        for batch, *pieces in zip(whole, *together, strict=True):
+            for name, value in batch.items():
+                assert all(len(piece[name]) == 6 // parts for piece in pieces)
+                np.testing.assert_array_equal(np.concatenate([piece[name] for piece in pieces]), value)
+    source = ReadSource(15)  # the first one may still be read ahead
+    indices = [batch["index"] for batch in loader.eval_batches(source, **options, part=(0, parts))]
+    assert sorted(source.read) == sorted(np.concatenate(indices).tolist())
+
+
 def test_mistakes_are_one_line():
     source, empty = ArraySource(5), ArraySource(0)
     for call, message in (
@@ -198,6 +228,10 @@ def test_mistakes_are_one_line():
         (lambda: epochs(source, 2, -1, 1), "--seed -1: must be between 0 and 4294967295"),
         (lambda: epochs(source, 2, 2**32, 1), "--seed 4294967296: must be"),
         (lambda: loader.eval_batches(source, image_size=IMAGE_SIZE, batch_size=0), "--batch-size 0"),
+        (
+            lambda: loader.eval_batches(source, image_size=IMAGE_SIZE, batch_size=3, part=(0, 2)),
+            "--batch-size 3 cannot be split over 2 processes",
+        ),
         (lambda: loader.eval_batches(empty, image_size=IMAGE_SIZE, batch_size=2), "empty"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)) as error:

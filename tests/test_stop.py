@@ -37,3 +37,39 @@ def test_without_a_signal_the_handlers_come_back():
     with catch_signals():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+class Late:
+    """An agreement of this process with itself, two calls later."""
+
+    def __init__(self):
+        self.pending = [0, 0]
+
+    def late(self, number):
+        self.pending.append(number)
+        return self.pending.pop(0)
+
+    def now(self, number):
+        self.pending = [0, 0]
+        return number
+
+
+def test_with_others_it_stops_when_all_know():
+    with catch_signals(Late()) as stop:
+        assert not stop.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [stop.poll(), stop.poll(), stop.signal] == [False, False, None]
+        assert stop.poll() and stop.signal is signal.SIGTERM
+        # What was agreed on stays so.
+        assert stop.settle() and stop.signal is signal.SIGTERM
+
+
+def test_with_others_a_checkpoint_that_is_due_stops_nothing():
+    with catch_signals(Late()) as stop:
+        assert [stop.poll(due=True), stop.poll(), stop.poll(), stop.poll()] == [False, False, True, False]
+        assert not stop.settle() and stop.signal is None
+        stop.poll(due=True)
+        # All are saving now: what was due before is forgotten.
+        assert not stop.settle() and not any(stop.poll() for _ in range(4))
+        stop.ask(signal.SIGINT)
+        assert stop.signal is None and stop.settle() and stop.signal is signal.SIGINT

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxseg import metrics, train
+from jaxseg import checkpoint, metrics, train
+from jaxseg.data import loader
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.optimizer import make_optimizer
 from jaxseg.resnet import ResNet
@@ -228,6 +229,59 @@ def test_a_state_from_halfway_goes_on_to_the_same_end(variables, made):
     *_, other = train.run_stage(MODEL, tx, state, stage, KEY, batches, steps, evaluate, DEVICES, start=place)
     assert (other.epoch, other.step) == (epochs, end.step)
     equal(other.state, end.state)
+
+
+def loader_batches(start=0):
+    """Shuffled batches of a source that has ignored pixels, those of four updates an epoch."""
+    images = [make_batch(seed, 1) for seed in range(32)]
+    source = [{name: array[0] for name, array in image.items()} for image in images]
+    return loader.train_batches(source, image_size=(32, 64), batch_size=8, seed=3, start=start)
+
+
+def train_to(state, devices, batches, start=(1, 0), until=None):
+    """Trains for two epochs of the improved model, or up to `until` = (epoch, updates); returns losses and state."""
+    stage = train.Stage("a stage", 2, 3e-4, False, max_degrees=30.0)
+    tx, losses = make_optimizer(3e-4, False), []
+    events = train.run_stage(
+        IMPROVED, tx, state, stage, KEY, batches, 4, evaluate, devices, start=start, wants_state=lambda: bool(until)
+    )
+    for event in events:
+        if isinstance(event, train.StepDone):
+            losses.append(event.loss)
+        elif until in (None, (event.epoch, getattr(event, "updates", None))):
+            end = event.state
+            if until:
+                break
+    return losses, end
+
+
+@pytest.mark.parametrize("numbers", [(4, 1), (1, 4)])
+def test_a_checkpoint_goes_on_with_another_number_of_devices(improved_variables, tmp_path, numbers):
+    before, after = (DEVICES[:number] for number in numbers)
+    state = train.start_stage(improved_variables, make_optimizer(3e-4, False), before)
+    losses, halfway = train_to(state, before, loader_batches(), until=(2, 1))
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        checkpoint.save(manager, halfway, None, {})
+        template = train.start_stage(improved_variables, make_optimizer(3e-4, False), after)
+        restored = checkpoint.restore_state(manager, checkpoint.LAST, template)
+    equal(restored, halfway)
+    more, end = train_to(train.replicate(restored, after), after, loader_batches(5), start=(2, 1))
+    state = train.start_stage(improved_variables, make_optimizer(3e-4, False), after)
+    expected_losses, expected = train_to(state, after, loader_batches())
+    assert int(end.step) == int(expected.step) == 8
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(losses + more, expected_losses)
+    jax.tree.map(close, jax.tree.map(np.array, end), jax.tree.map(np.array, expected))
+
+
+def test_two_runs_of_one_seed_are_bit_equal(improved_variables):
+    def one():
+        state = train.start_stage(improved_variables, make_optimizer(3e-4, False), DEVICES)
+        return train_to(state, DEVICES, loader_batches())
+
+    (losses, state), (other_losses, other) = one(), one()
+    assert losses == other_losses
+    equal(state, other)
 
 
 def test_a_validation_that_broke_off_is_made_up_for(variables):

@@ -5,6 +5,7 @@ A source has `len(source)`, `source[i] -> {"image": (H, W, 3) uint8, "label": (H
 keep ahead and to send to the device, which normalises them.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import grain
@@ -88,7 +89,14 @@ def steps_per_epoch(source: Source, batch_size: int) -> int:
 
 
 def train_batches(
-    source: Source, *, image_size: tuple[int, int], batch_size: int, seed: int, start: int = 0, num_threads: int = 4
+    source: Source,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
+    num_threads: int = 4,
 ) -> grain.IterDataset:
     """Endless training batches, shuffled anew in each epoch: a function of the seed, not of the threads.
 
@@ -98,14 +106,15 @@ def train_batches(
       batch_size: images per batch; those left over at an epoch's end are dropped.
       seed: 0 to 2**32 - 1.
       start: how many batches to leave out at the beginning, without reading them: those that were trained on already.
+      part: (k, P) to read only the k-th (from 0) of P equal parts of each batch: that of one of P processes.
       num_threads: batches that are prepared at the same time.
 
     Returns:
       A data set whose iterator gives {"image": (N, H, W, 3) uint8, "label": (N, H, W) uint8, "index": (N,) int32, the
-      items' places in `source`}.
+      items' places in `source`}, with N = batch_size / P.
 
     Raises:
-      ValueError: `source` holds less than one batch, or the seed is out of range.
+      ValueError: `source` holds less than one batch, the seed is out of range, or P does not divide the batch.
     """
     steps_per_epoch(source, batch_size)
     if not 0 <= seed < 2**32:
@@ -120,12 +129,18 @@ def train_batches(
         }
 
     # The seed goes before the shuffle, which needs it, and the batches before the repeat, or they straddle two epochs.
-    batches = grain.MapDataset.range(len(source)).seed(seed).shuffle().map(example)
-    return _read_ahead(batches.batch(batch_size, drop_remainder=True).repeat(None)[start:], num_threads)
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+    batches = order.batch(batch_size, drop_remainder=True, batch_fn=_reader(example, batch_size, part))
+    return _read_ahead(batches.repeat(None)[start:], num_threads)
 
 
 def eval_batches(
-    source: Source, *, image_size: tuple[int, int], batch_size: int, num_threads: int = 4
+    source: Source,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    part: tuple[int, int] = (0, 1),
+    num_threads: int = 4,
 ) -> grain.IterDataset:
     """One pass over every image, in order, with each label at its own size.
 
@@ -136,15 +151,17 @@ def eval_batches(
       source: the split.
       image_size: (height, width) in pixels that images, not labels, are resized to.
       batch_size: images per batch.
+      part: as in `train_batches`; all parts have the same number of batches.
       num_threads: batches that are prepared at the same time.
 
     Returns:
       A data set that can be iterated over again and again, giving {"image": (N, H, W, 3) uint8, "label": (N, Hc, Wc)
       uint8, ignored (255) outside of the label, "label_size": (N, 2) int32, the label's own (height, width), "valid":
-      (N,) bool, False for a copy, whose label is all ignored, "index": (N,) int32, the items' places in `source`}.
+      (N,) bool, False for a copy, whose label is all ignored, "index": (N,) int32, the items' places in `source`}, with
+      N = batch_size / P.
 
     Raises:
-      ValueError: `source` is empty, or `batch_size` is less than 1.
+      ValueError: `source` is empty, `batch_size` is less than 1, or P does not divide it.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: must be at least 1")
@@ -169,8 +186,24 @@ def eval_batches(
         }
 
     num_batches = -(-len(source) // batch_size)
-    examples = grain.MapDataset.range(num_batches * batch_size).map(example)
-    return _read_ahead(examples.batch(batch_size, drop_remainder=True), num_threads)
+    batches = grain.MapDataset.range(num_batches * batch_size).batch(
+        batch_size, drop_remainder=True, batch_fn=_reader(example, batch_size, part)
+    )
+    return _read_ahead(batches, num_threads)
+
+
+def _reader(example: Callable[[int], dict], batch_size: int, part: tuple[int, int]) -> Callable[[Sequence[int]], dict]:
+    """Makes what reads a part of a batch, given the places of the whole, so that nothing is read that is not needed."""
+    which, parts = part
+    if batch_size % parts:
+        raise ValueError(f"--batch-size {batch_size} cannot be split over {parts} processes")
+    size = batch_size // parts
+
+    def read(places: Sequence[int]) -> dict:
+        examples = [example(place) for place in places[which * size : (which + 1) * size]]
+        return {name: np.stack([one[name] for one in examples]) for name in examples[0]}
+
+    return read
 
 
 def _read_ahead(batches: grain.MapDataset, num_threads: int) -> grain.IterDataset:
