@@ -34,9 +34,11 @@ class _Subset:
         return self.source.label_sizes()[self.indices]
 
 
-def print_table(confusion: np.ndarray, labels: Labels) -> None:
-    """Prints the IoU table in the report's form, and the best and the worst class."""
-    print(metrics.iou_table(confusion, labels.names))
+def print_table(confusion: np.ndarray, labels: Labels, boundary_iou: np.ndarray | None = None) -> None:
+    """Prints the IoU table in the report's form, perhaps with boundary IoU, and the best and the worst class."""
+    if boundary_iou is not None:
+        print("IoU, boundary IoU:")
+    print(metrics.iou_table(confusion, labels.names, boundary_iou))
     print(metrics.best_and_worst(confusion, labels.names))
 
 
@@ -51,19 +53,33 @@ def stage_difference(before: np.ndarray, after: np.ndarray, names: tuple[str, ..
     return f"{line}; most for {names[most]} ({gain[most]:+.3f}), least for {names[least]} ({gain[least]:+.3f})"
 
 
-def write_results(workdir: pathlib.Path, confusions: dict[str, np.ndarray], labels: Labels) -> None:
-    """Writes results.json: for each split mean IoU, IoU per class (null where absent) and the confusion matrix."""
-    results = {
-        split: {
-            "mean_iou": metrics.mean_iou(confusion),
-            "iou": {
-                name: None if np.isnan(value) else value
-                for name, value in zip(labels.names, metrics.iou_per_class(confusion).tolist(), strict=True)
-            },
-            "confusion": confusion.tolist(),
+def write_results(
+    workdir: pathlib.Path, confusions: dict[str, np.ndarray], labels: Labels, boundary_ious: dict[str, np.ndarray]
+) -> None:
+    """Writes results.json: for each split mean IoU, IoU per class (null where absent) and the confusion matrix.
+
+    Args:
+      workdir: where.
+      confusions: (C, C) of each split.
+      labels: the class names.
+      boundary_ious: (C,) of each split for which it was computed, written as IoU is.
+    """
+
+    def by_name(iou: np.ndarray) -> dict[str, float | None]:
+        return {
+            name: None if np.isnan(value) else value for name, value in zip(labels.names, iou.tolist(), strict=True)
         }
-        for split, confusion in confusions.items()
-    }
+
+    results: dict[str, dict[str, Any]] = {}
+    for split, confusion in confusions.items():
+        results[split] = {
+            "mean_iou": metrics.mean_iou(confusion),
+            "iou": by_name(metrics.iou_per_class(confusion)),
+        }
+        if split in boundary_ious:
+            results[split]["mean_boundary_iou"] = metrics.mean_over_classes(boundary_ious[split])
+            results[split]["boundary_iou"] = by_name(boundary_ious[split])
+        results[split]["confusion"] = confusion.tolist()
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

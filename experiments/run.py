@@ -20,7 +20,7 @@ from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, differences, to_json
 from experiments.stages import Records, resume, share_resumed, train_stages
 from experiments.stop import Stop, catch_signals
-from jaxseg import checkpoint, metrics, optimizer, summary, train
+from jaxseg import boundary, checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
 from jaxseg.log import MetricsLog
 
@@ -240,31 +240,44 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
             if manager:
                 variables, saved = checkpoint.restore_model(manager, checkpoint.BEST, variables)
     saved = json.loads(processes.from_first(json.dumps(saved)))
+    if run.settings.boundary_iou:
+        evaluate = make_evaluate(run, stop, boundary=True)
     finish(run, processes.arrays_from_first(variables), saved, evaluate)
     return None
 
 
 def finish(run: Run, variables: Any, saved: dict[str, Any], evaluate: Callable[[Any, str], np.ndarray]) -> None:
-    """Evaluates the best checkpoint on the test split, if there is one, writes the results and draws."""
+    """Evaluates the best checkpoint on the test split, if there is one, writes the results and draws.
+
+    With --boundary-iou, `evaluate` counts what it needs, and the validation split is evaluated once more for it.
+    """
     best = np.array(saved["progress"]["last"])
     best_epoch = f"{saved['stage_name']}, epoch {saved['epoch']}"
     print(f"\nbest on the validation split: {best_epoch}, mean_iou {metrics.mean_iou(best):.6f}")
-    results = {"val": best}
+    confusions, boundary_ious = {"val": best}, {}
+    on_devices = train.replicate(variables, run.devices)
+    if run.settings.boundary_iou:
+        boundary_ious["val"] = boundary.boundary_iou_per_class(evaluate(on_devices, "val"))
+        print_table(best, run.labels, boundary_ious["val"])
     if "test" in run.splits:
-        results["test"] = evaluate(train.replicate(variables, run.devices), "test")
+        counts = evaluate(on_devices, "test")
+        if run.settings.boundary_iou:
+            boundary_ious["test"] = boundary.boundary_iou_per_class(counts)
+            counts = boundary.without_boundary(counts)
+        confusions["test"] = counts
         print(f"test split, at that epoch ({best_epoch}):")
-        print_table(results["test"], run.labels)
+        print_table(counts, run.labels, boundary_ious.get("test"))
     if not run.processes.first:
         return
     workdir = run.settings.workdir
-    write_results(workdir, results, run.labels)
+    write_results(workdir, confusions, run.labels, boundary_ious)
     draw(run, variables, best)
     print(f"\neverything is in {workdir}: config.json, metrics.csv, results.json, events/, checkpoints/, figures/")
 
 
-def make_evaluate(run: Run, stop: Stop) -> Callable[[Any, str], np.ndarray | None]:
+def make_evaluate(run: Run, stop: Stop, boundary: bool = False) -> Callable[[Any, str], np.ndarray | None]:
     """Builds the evaluation of variables on a split of the run's data; it breaks off with None if asked to stop."""
-    evaluate = train.make_evaluate(run.model, run.labels.num_classes, run.devices)
+    evaluate = train.make_evaluate(run.model, run.labels.num_classes, run.devices, boundary=boundary)
     sizes = {"image_size": run.settings.image_size, "batch_size": run.settings.batch_size}
 
     def until_stopped(batches: Any) -> Iterator[Any]:

@@ -38,7 +38,7 @@ RECIPES = {
 
 # The options that change no number: a run may go on with others.
 _PROCESSES = ("coordinator", "num_processes", "process_id")
-_FREE = {"data_dir", "workdir", "save_minutes", "summary", "debug_nans", "distributed", *_PROCESSES}
+_FREE = {"boundary_iou", "data_dir", "workdir", "save_minutes", "summary", "debug_nans", "distributed", *_PROCESSES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,9 @@ class Settings:
     goes on when it is given the same folder and options again."""
     save_minutes: float = 10.0
     """Minutes between checkpoints within an epoch; there is one after each epoch, and on Ctrl-C and SIGTERM."""
+    boundary_iou: bool = False
+    """Add boundary IoU (Cheng et al. 2021; 2 % of each image's diagonal wide) to results.json and to the tables of the
+    best checkpoint, which are then printed for the validation split too; not to the validation of each epoch."""
     summary: bool = False
     """Print the model's layers, their output shapes and parameters, and stop."""
     debug_nans: bool = False

@@ -46,28 +46,38 @@ def iou_per_class(confusion: np.ndarray) -> np.ndarray:
 
 def mean_iou(confusion: np.ndarray) -> float:
     """The mean of `iou_per_class` over the classes that occur in labels or predictions; 0 when none does."""
-    iou = iou_per_class(confusion)
+    return mean_over_classes(iou_per_class(confusion))
+
+
+def mean_over_classes(iou: np.ndarray) -> float:
+    """The mean of (C,) values without those that are NaN; 0 when all are."""
     return float(np.nanmean(iou)) if np.isfinite(iou).any() else 0.0
 
 
-def iou_table(confusion: np.ndarray, names: tuple[str, ...]) -> str:
+def iou_table(confusion: np.ndarray, names: tuple[str, ...], boundary_iou: np.ndarray | None = None) -> str:
     """The table in the report's form, a line per class, then the mean.
 
     Args:
       confusion: (C, C) integer, label in rows.
       names: the C class names, in label order.
+      boundary_iou: (C,) in [0, 1], NaN where the class does not occur, for a second column; or None.
 
     Returns:
-      `class #0 : 0.90244  background`, ..., `mean_iou: 0.682180`; classes that do not occur are marked.
+      `class #0 : 0.90244  background`, ..., `mean_iou: 0.682180`; classes that do not occur are marked. The second
+      column stands between IoU and name, its mean in a line `mean_boundary_iou: ` of its own.
     """
     iou = iou_per_class(confusion)
+    columns = [iou] if boundary_iou is None else [iou, boundary_iou]
     lines = [
-        f"class #{index} : {'absent ' if np.isnan(value) else f'{value:.5f}'}  {name}"
-        for index, (value, name) in enumerate(zip(iou, names, strict=True))
+        f"class #{index} : {'  '.join('absent ' if np.isnan(x) else f'{x:.5f}' for x in values)}  {name}"
+        for index, (*values, name) in enumerate(zip(*columns, names, strict=True))
     ]
     absent = int(np.isnan(iou).sum())
     note = f"  (without {absent} absent from labels and predictions)" if absent else ""
-    return "\n".join([*lines, f"mean_iou: {mean_iou(confusion):.6f}{note}"])
+    lines.append(f"mean_iou: {mean_iou(confusion):.6f}{note}")
+    if boundary_iou is not None:
+        lines.append(f"mean_boundary_iou: {mean_over_classes(boundary_iou):.6f}{note}")
+    return "\n".join(lines)
 
 
 def best_and_worst(confusion: np.ndarray, names: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxseg.augment import random_rotate
+from jaxseg.boundary import boundary_confusion, boundary_width
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.metrics import confusion_matrix, mean_iou
 
@@ -209,11 +210,23 @@ def predict_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array
 
 
 def eval_step(
-    variables: Any, batch: Batch, *, model: nn.Module, num_classes: int, axis_name: str | None = None
+    variables: Any,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    num_classes: int,
+    boundary: bool = False,
+    axis_name: str | None = None,
 ) -> jax.Array:
-    """The confusion matrix (C, C) int32 of one batch, summed over the devices; arguments as `predict_step`'s."""
+    """The confusion matrix (C, C) int32 of one batch, summed over the devices; arguments as `predict_step`'s.
+
+    With `boundary` it is that of `boundary_confusion`, (2C, 2C), and the batch has 'boundary_width' (N,) int32, too.
+    """
     prediction = predict_step(variables, batch, model=model)
-    confusion = confusion_matrix(batch["label"], prediction, num_classes)
+    if boundary:
+        confusion = boundary_confusion(batch["label"], prediction, batch["boundary_width"], num_classes)
+    else:
+        confusion = confusion_matrix(batch["label"], prediction, num_classes)
     return confusion if axis_name is None else jax.lax.psum(confusion, axis_name)
 
 
@@ -385,7 +398,7 @@ def _step_done(epoch: int, step: int, metrics: dict[str, jax.Array], index: np.n
 
 
 def make_evaluate(
-    model: nn.Module, num_classes: int, devices: Sequence[jax.Device]
+    model: nn.Module, num_classes: int, devices: Sequence[jax.Device], *, boundary: bool = False
 ) -> Callable[[Any, Iterable[Batch]], np.ndarray]:
     """Builds the evaluation of a model over a split.
 
@@ -393,16 +406,21 @@ def make_evaluate(
       model: the segmenter.
       num_classes: C.
       devices: the devices of all processes.
+      boundary: count what boundary IoU needs as well; see `jaxseg.boundary`.
 
     Returns:
-      evaluate(variables, batches) -> (C, C) int64 confusion matrix, with variables {'params', 'batch_stats'} on the
-      devices and host batches as `predict_step` takes them; it compiles once for each shape of batch.
+      evaluate(variables, batches) -> (C, C) int64 confusion matrix, or with `boundary` the (2C, 2C) one of
+      `boundary_confusion`; with variables {'params', 'batch_stats'} on the devices and host batches as `predict_step`
+      takes them; it compiles once for each shape of batch.
     """
-    step_fn = functools.partial(eval_step, model=model, num_classes=num_classes, axis_name=AXIS)
-    step_fn = pmap_step(step_fn, devices)
+    options = {"model": model, "num_classes": num_classes, "boundary": boundary, "axis_name": AXIS}
+    step_fn = pmap_step(functools.partial(eval_step, **options), devices)
 
     def evaluate(variables: Any, batches: Iterable[Batch]) -> np.ndarray:
-        total = np.zeros((num_classes, num_classes), np.int64)
+        rows = 2 * num_classes if boundary else num_classes
+        total = np.zeros((rows, rows), np.int64)
+        if boundary:
+            batches = ({**batch, "boundary_width": boundary_width(batch["label_size"])} for batch in batches)
         pending: collections.deque = collections.deque()
         for batch in batches_on_devices(batches, devices):
             pending.append(step_fn(variables, batch))

@@ -161,9 +161,23 @@ def test_a_summary_trains_nothing_and_writes_nothing(folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def check_boundary_iou(folder, out, results):
+    """The tables of the best epoch have a second column, which results.json holds too; the others have one."""
+    tables = out.partition("best on the validation split")[2]
+    assert out.count("mean_boundary_iou: ") == tables.count("mean_boundary_iou: ") == 2
+    for split, table in zip(("val", "test"), tables.split("test split"), strict=True):
+        assert f"mean_boundary_iou: {results[split]['mean_boundary_iou']:.6f}" in table
+        iou, boundary_iou = (results[split][name]["dark"] for name in ("iou", "boundary_iou"))
+        assert f"class #0 : {iou:.5f}  {boundary_iou:.5f}  dark" in table
+        assert 0 < boundary_iou <= 1 and boundary_iou != iou
+        labels = (np.array(Image.open(path)) for path in (folder / split / "seg").iterdir())
+        assert np.sum(results[split]["confusion"]) == sum((label != 255).sum() for label in labels)
+
+
 def test_a_stage_without_epochs_is_left_out_and_said_so(folder, tmp_path, capsys):
-    assert baseline.main([*arguments(folder, tmp_path / "run"), "--epochs", "0", "2"]) == 0
+    assert baseline.main([*arguments(folder, tmp_path / "run"), "--epochs", "0", "2", "--boundary-iou"]) == 0
     out = capsys.readouterr().out
+    check_boundary_iou(folder, out, json.loads((tmp_path / "run" / "results.json").read_text()))
     assert "stage 1: left out (0 epochs)" in out and "stage 2 added" not in out
     figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
     assert "training_stage_2.png" in figures and "training_stage_1.png" not in figures

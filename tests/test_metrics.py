@@ -120,6 +120,18 @@ def test_table_in_the_reports_form():
     ]
 
 
+def test_table_with_a_second_column():
+    confusion, boundary_iou = np.array([[6, 2, 0], [0, 0, 0], [0, 0, 0]]), np.array([0.5, 0.25, np.nan])
+    table = metrics.iou_table(confusion, ("sky", "road", "car"), boundary_iou)
+    assert table.splitlines() == [
+        "class #0 : 0.75000  0.50000  sky",
+        "class #1 : 0.00000  0.25000  road",
+        "class #2 : absent   absent   car",
+        "mean_iou: 0.375000  (without 1 absent from labels and predictions)",
+        "mean_boundary_iou: 0.375000  (without 1 absent from labels and predictions)",
+    ]
+
+
 def test_best_and_worst_names_what_the_worst_is_taken_for():
     confusion = np.array([[9, 1, 0], [0, 5, 5], [0, 7, 3]])
     line = metrics.best_and_worst(confusion, ("sky", "road", "car"))

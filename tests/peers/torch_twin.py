@@ -149,6 +149,8 @@ def evaluate(model, batches, num_classes: int) -> np.ndarray:
 def main(argv: list[str] | None = None) -> int:
     """Trains the twin; returns the exit code."""
     settings = parse("baseline", __doc__, argv)
+    if settings.boundary_iou:
+        raise ValueError("--boundary-iou: the twin computes IoU only")
     prepared = prepare(settings, lambda num_classes, _: BaselineDecoder(num_classes))
     workdir = settings.workdir.with_name(f"torch-{settings.workdir.name}")
     workdir.mkdir(parents=True)
@@ -184,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     for split, confusion in results.items():
         print(f"\n{split} split, best epoch:")
         print_table(confusion, prepared.labels)
-    write_results(workdir, results, prepared.labels)
+    write_results(workdir, results, prepared.labels, {})
     return 0
 
 
