@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -117,10 +118,26 @@ def find_data(settings: Settings) -> tuple[Labels, Callable[[], dict[str, Any]]]
     labels, splits = folder.open_folder(pathlib.Path(directory), settings.num_classes)
 
     def check_splits() -> dict[str, Any]:
-        folder.check_folder(splits, labels.num_classes)
+        say_what_is_not_there(folder.check_folder(splits, labels.num_classes), labels)
         return splits
 
     return labels, check_splits
+
+
+def say_what_is_not_there(values: dict[str, np.ndarray], labels: Labels) -> None:
+    """Warns of classes that no training label shows; values: for each split the (256,) bool of its labels' values.
+
+    Raises:
+      ValueError: the labels of training or validation are ignored altogether.
+    """
+    for split in ("train", "val"):
+        if not values[split][: labels.num_classes].any():
+            raise ValueError(f"every pixel of the {split} labels is 255, which is ignored: save classes as 0, 1, ...")
+    missing = [name for name, there in zip(labels.names, values["train"], strict=False) if not there]
+    if missing:
+        only = np.flatnonzero(values["train"]).tolist() == [0, 255]
+        hint = "; its labels hold only 0 and 255, which is ignored: save a mask's 255 as 1" if only else ""
+        print(f"warning: no label of the training split shows {', '.join(missing)}{hint}", file=sys.stderr)
 
 
 def initialise(model: nn.Module, settings: Settings) -> Any:

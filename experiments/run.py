@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -37,12 +38,22 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
     keep_compiled_programs()
     try:
         processes = start(settings)
+        find_devices()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with processes.silence_others():
         code = run_in(processes, settings, make_decoder)
     return processes.leave(code)
+
+
+def find_devices() -> None:
+    """Raises ValueError if JAX finds no device to compute on."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = f" of JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}" if "JAX_PLATFORMS" in os.environ else ""
+        raise ValueError(f"JAX finds no device{asked} ({(str(error).splitlines() or [repr(error)])[0]})") from error
 
 
 def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) -> int:
@@ -78,6 +89,9 @@ def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) 
         print(f"\nstopped; {go_on}", file=sys.stderr)
         return 130
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            print(f"error: not enough memory: give a smaller --batch-size or --image-size ({error})", file=sys.stderr)
+            return 1
         if processes.number == 1:
             raise
         reason = str(error).splitlines()[0]
@@ -205,7 +219,7 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
     workdir = run.settings.workdir
     sizes = ", ".join(f"{len(source)} {name}" for name, source in run.splits.items())
     together = f" in {run.processes.number} processes" if run.processes.number > 1 else ""
-    print(f"images: {sizes}; devices: {len(run.devices)}{together}")
+    print(f"images: {sizes}; devices: {len(run.devices)} {run.devices[0].device_kind}{together}")
     for number in (1, 2):
         line = describe(run.stages[number], run.variables["params"]) if number in run.stages else None
         print(line or f"stage {number}: left out (0 epochs)")

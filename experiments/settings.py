@@ -36,6 +36,8 @@ RECIPES = {
 }
 
 
+# Pixels along a side; far beyond what any machine trains at.
+_LARGEST = 16384
 # The options that change no number: a run may go on with others.
 _PROCESSES = ("coordinator", "num_processes", "process_id")
 _FREE = {"boundary_iou", "data_dir", "workdir", "save_minutes", "summary", "debug_nans", "distributed", *_PROCESSES}
@@ -123,10 +125,21 @@ def parse(name: str, description: str, argv: list[str] | None = None) -> Setting
     settings = tyro.cli(
         Annotated[Settings, tyro.conf.configure(tyro.conf.OmitSubcommandPrefixes)],
         prog=f"python -m experiments.{name}",
-        description=description,
+        description=f"{description}\n\n{_list_recipes(name)}",
         args=argv,
     )
     return complete(settings, name)
+
+
+def _list_recipes(name: str) -> str:
+    """An experiment's recipes as its --help gives them."""
+    lines = ["What an option with the default None is, for each kind of data set:"]
+    for kind in ("shapes", "folder"):
+        values = dataclasses.asdict(RECIPES[name, kind])
+        texts = {option: " ".join(map(str, x)) if isinstance(x, tuple) else str(x) for option, x in values.items()}
+        options = " ".join(f"--{option.replace('_', '-')} {text}" for option, text in texts.items())
+        lines.append(f"{kind}: {options}")
+    return "\n\n".join(lines)
 
 
 def complete(settings: Settings, name: str) -> Settings:
@@ -134,7 +147,7 @@ def complete(settings: Settings, name: str) -> Settings:
     kind, _, directory = settings.dataset.partition(":")
     if (name, kind) not in RECIPES or (kind == "folder") != bool(directory) or settings.dataset.endswith(":"):
         raise ValueError(f"unknown --dataset {settings.dataset!r}: use shapes or folder:DIR")
-    if settings.weights is None and kind != "shapes":
+    if not settings.weights and (kind != "shapes" or settings.weights is not None):
         raise ValueError(
             "--weights is missing: give imagenet, a .pth, .pt or .safetensors file, the workdir of a run or one of its"
             " checkpoints, or none for a random encoder"
@@ -180,8 +193,11 @@ def _slug(dataset: str) -> str:
 
 
 def _check(settings: Settings) -> None:
-    positive = [("--image-size", value) for value in settings.image_size]
-    positive += [("--learning-rate", value) for value in settings.learning_rate]
+    if not all(0 < length <= _LARGEST for length in settings.image_size):
+        raise ValueError(
+            f"--image-size must be from 1 to {_LARGEST} pixels, not {settings.image_size[0]} {settings.image_size[1]}"
+        )
+    positive = [("--learning-rate", value) for value in settings.learning_rate]
     positive.append(("--save-minutes", settings.save_minutes))
     for option, value in [*positive, ("--batch-size", settings.batch_size)]:
         if not 0 < value < math.inf:

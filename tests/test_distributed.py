@@ -113,7 +113,7 @@ def test_two_processes_are_one_of_four_devices_and_go_on_after_one_is_killed(fol
     codes, printed, said = stop_when(argv, lambda: len(rows(together)) > 30, killed, signal.SIGKILL)
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] in (1, -signal.SIGABRT), said
     assert "another process of the run has ended" in said[1 - killed] or "another task died" in said[1 - killed]
-    assert "devices: 4 in 2 processes" in printed[0] or not killed
+    assert "devices: 4 cpu in 2 processes" in printed[0] or not killed
     assert "devices" not in printed[1]
     codes, printed, said = finish(start("tests.peers.small_run", [argv, argv]))
     assert codes == [0, 0], said

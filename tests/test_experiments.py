@@ -2,7 +2,10 @@
 
 import collections
 import csv
+import dataclasses
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,14 +19,14 @@ from flax import traverse_util
 from PIL import Image
 
 from experiments import baseline, improved
-from experiments.prepare import prepare
-from experiments.settings import Settings, complete, parse
+from experiments.prepare import find_data, prepare
+from experiments.settings import Settings, complete, parse, to_json
 from jaxseg import checkpoint
 from jaxseg.data import shapes
 from jaxseg.decoders import BaselineDecoder
 from jaxseg.pretrained import encoder_shapes, load_encoder, save_torch
 from jaxseg.resnet import VARIANTS, Bottleneck
-from jaxseg.train import TrainState
+from jaxseg.train import AXIS, TrainState
 
 
 @pytest.fixture
@@ -264,6 +267,8 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
         (["--dataset", "folder:x"], "--weights"),
         (["--batch-size", "0"], "--batch-size"),
         (["--image-size", "0", "32"], "--image-size"),
+        (["--image-size", "32", "16385"], "--image-size"),
+        (["--weights", ""], "--weights is missing"),
         (["--learning-rate", "1e-3", "-1"], "--learning-rate"),
         (["--epochs", "0", "0"], "--epochs"),
         (["--learning-rate", "inf", "1e-3"], "--learning-rate"),
@@ -309,13 +314,59 @@ def test_help_explains_every_option_without_loading_jax():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
     assert out.strip().endswith("False")
-    for option in (
-        "--dataset",
-        "--weights",
-        "--image-size",
-        "--batch-size",
-        "--epochs",
-        "--learning-rate",
-        "--workdir",
-    ):
-        assert option in out
+    words = " ".join(out.split())
+    explained = words.partition(" options ")[2]
+    for field in dataclasses.fields(Settings):
+        option = f"--{field.name.replace('_', '-')}"
+        text = re.split(rf"{option}[ ,]", explained, maxsplit=1)[1]
+        assert len(text.partition("(default")[0]) > 40, option
+    # What a data set's recipe says is in it, too.
+    assert "shapes: --image-size 96 128 --batch-size 8 --epochs 1 9" in words
+    assert "folder: --image-size 352 448" in words
+
+
+def test_batch_norm_is_synchronised_in_both_models(folder, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("experiments.run.run", lambda settings, make_decoder: started.append((settings, make_decoder)))
+    baseline.main(arguments(folder, tmp_path / "run"))
+    improved.main(arguments(folder, tmp_path / "run"))
+    assert started[1][1](2, 0.1).axis_name == AXIS
+    # Only the model is looked at.
+    monkeypatch.setattr("experiments.prepare.initialise", lambda *_: {"params": {"decoder": {}}})
+    monkeypatch.setattr("experiments.prepare.start_at_prior", lambda decoder, _: decoder)
+    for settings, make_decoder in started:
+        assert prepare(settings, make_decoder).make_model(0.1).encoder.axis_name == AXIS
+
+
+def test_masks_of_0_and_255_are_warned_of(folder, tmp_path, capsys):
+    for path in (folder / "train" / "seg").iterdir():
+        label = np.array(Image.open(path))
+        Image.fromarray(np.where(label == 1, 255, label)).save(path)
+    settings = parse("baseline", "", arguments(folder, tmp_path / "run"))
+    find_data(settings)[1]()
+    said = capsys.readouterr().err
+    assert "no label of the training split shows bright" in said and "save a mask's 255 as 1" in said
+    for path in (folder / "val" / "seg").iterdir():
+        Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
+    with pytest.raises(ValueError, match="every pixel of the val labels is 255"):
+        find_data(settings)[1]()
+
+
+def test_too_little_memory_is_said_in_one_line(folder, tmp_path, capsys, monkeypatch):
+    def execute(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr("experiments.run.execute", execute)
+    monkeypatch.setattr("experiments.run.prepare_in_turn", lambda _, settings, __: settings)
+    monkeypatch.setattr("experiments.run.describe_run", lambda settings: {"settings": to_json(settings)})
+    assert baseline.main(arguments(folder, tmp_path / "run")) == 1
+    said = capsys.readouterr().err.strip()
+    assert "give a smaller --batch-size" in said and "\n" not in said
+
+
+def test_a_platform_that_is_not_there_is_said_in_one_line(folder, tmp_path):
+    command = [sys.executable, "-m", "experiments.baseline", *arguments(folder, tmp_path / "run")]
+    environment = os.environ | {"JAX_PLATFORMS": "nowhere"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "error: JAX finds no device of JAX_PLATFORMS=nowhere" in done.stderr
+    assert "Traceback" not in done.stderr

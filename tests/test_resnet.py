@@ -22,7 +22,6 @@ PARAMETERS = {
     "resnet101": (44_549_160, 2048),
     "resnet152": (60_192_808, 2048),
 }
-# Compiling takes most of the time here, and a fast program is not needed.
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +123,28 @@ def test_training_outputs_equal_pytorchs(trained):
     for stride, value in features.items():
         assert value.dtype == np.float64
         assert relative_error(value, expected[stride]) <= 1e-10, stride
+
+
+def test_batch_statistics_are_those_of_all_devices():
+    model = ResNet(axis_name="batch")
+    image = np.stack([random_image(40, 56)[0] * (index + 1) / 4 for index in range(4)])
+    variables = jit(model.init)(jax.random.key(0), image[:1])
+
+    def features_of(parts):
+        apply = jax.vmap(
+            lambda part: model.apply(variables, part, train=True, mutable="batch_stats"), axis_name="batch"
+        )
+        return jit(apply)(image.reshape(parts, -1, *image.shape[1:]))
+
+    (one, one_stats), (four, four_stats) = features_of(1), features_of(4)
+
+    def error(value, expected):
+        return np.abs(value - expected).max() / np.abs(expected).max()
+
+    for stride, value in one.items():
+        assert error(four[stride].reshape(value[0].shape), value[0]) <= 1e-4, stride
+    errors = jax.tree.leaves(jax.tree.map(lambda four, one: error(four[3], one[0]), four_stats, one_stats))
+    assert max(errors) <= 1e-4
 
 
 def test_gradients_equal_pytorchs(trained):

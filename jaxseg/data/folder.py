@@ -118,7 +118,7 @@ def open_folder(
     return labels, sources
 
 
-def check_folder(sources: Mapping[str, FolderSource], num_classes: int, progress: bool = True) -> None:
+def check_folder(sources: Mapping[str, FolderSource], num_classes: int, progress: bool = True) -> dict[str, np.ndarray]:
     """Decodes every image and label once, so that a bad file is found before the training and not hours into it.
 
     Args:
@@ -126,18 +126,26 @@ def check_folder(sources: Mapping[str, FolderSource], num_classes: int, progress
       num_classes: labels must be below it, or 255.
       progress: shows a progress bar on a terminal's standard error.
 
+    Returns:
+      For each split, which values occur in its labels: (256,) bool.
+
     Raises:
       ValueError: names the first bad file, in the order of the splits and of the names, and counts the others.
     """
+    splits = [split for split, source in sources.items() for _ in range(len(source))]
     examples = [(source, index) for source in sources.values() for index in range(len(source))]
     bar = tqdm(total=len(examples), desc="checking the images", unit="img", leave=False, disable=not progress or None)
     with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        mistakes = []
-        for mistake in pool.map(lambda example: _find_mistake(*example, num_classes), examples):
+        mistakes, values = [], {split: np.zeros(256, bool) for split in sources}
+        found = pool.map(lambda example: _look_at(*example, num_classes), examples)
+        for split, (mistake, occurring) in zip(splits, found, strict=True):
             bar.update()
             if mistake:
                 mistakes.append(mistake)
+            else:
+                values[split] |= occurring
     _raise_first(mistakes)
+    return values
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
@@ -242,12 +250,17 @@ def _find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return files
 
 
-def _find_mistake(source: FolderSource, index: int, num_classes: int) -> str | None:
-    """What is wrong with one example, or None."""
+def _look_at(source: FolderSource, index: int, num_classes: int) -> tuple[str | None, np.ndarray | None]:
+    """What is wrong with one example, or None; and which values its label has: (256,) bool."""
     try:
         item = source[index]
     except ValueError as error:
-        return str(error)
+        return str(error), None
+    occurring = np.bincount(item["label"].ravel(), minlength=256) > 0
+    return _find_mistake(source, index, item, num_classes), occurring
+
+
+def _find_mistake(source: FolderSource, index: int, item: dict, num_classes: int) -> str | None:
     image_path, label_path = source.image_paths[index], source.label_paths[index]
     (height, width), (label_height, label_width) = item["image"].shape[:2], item["label"].shape
     if (height, width) != (label_height, label_width):
