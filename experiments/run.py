@@ -58,8 +58,10 @@ def find_devices() -> None:
 
 def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) -> int:
     """`run`, once the processes are connected."""
-    # The first one writes; the others may have been given another folder, or none.
-    settings = dataclasses.replace(settings, workdir=pathlib.Path(processes.from_first(str(settings.workdir))))
+    # The first one writes; the others may have been given another folder, or none, and must evaluate as often as it.
+    written = {"workdir": str(settings.workdir), "boundary_iou": settings.boundary_iou}
+    written = json.loads(processes.from_first(json.dumps(written)))
+    settings = dataclasses.replace(settings, **{**written, "workdir": pathlib.Path(written["workdir"])})
     go_on = f"the same command with --workdir {settings.workdir} goes on from the last checkpoint"
     try:
         prepared = prepare_in_turn(processes, settings, make_decoder)

@@ -114,8 +114,10 @@ def test_what_is_right_wherever_there_is_a_label_scores_1():
     np.testing.assert_array_equal(iou, np.where(present, 1, np.nan))
 
 
-def test_what_an_ignored_pixel_predicts_does_not_matter():
-    label, prediction, _, width = random_case(2)
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_what_an_ignored_pixel_predicts_does_not_matter(width):
+    label, prediction, *_ = random_case(2)
+    width = np.full(len(label), width, np.int32)
     changed = np.where(label == 255, (prediction + 1) % NUM_CLASSES, prediction)
     assert (changed != prediction).any()
     np.testing.assert_array_equal(*(confusion(label, x, width, NUM_CLASSES) for x in (prediction, changed)))

@@ -115,9 +115,10 @@ def test_two_processes_are_one_of_four_devices_and_go_on_after_one_is_killed(fol
     assert "another process of the run has ended" in said[1 - killed] or "another task died" in said[1 - killed]
     assert "devices: 4 cpu in 2 processes" in printed[0] or not killed
     assert "devices" not in printed[1]
-    codes, printed, said = finish(start("tests.peers.small_run", [argv, argv]))
+    # What is written, the first one says.
+    codes, printed, said = finish(start("tests.peers.small_run", [[*argv, "--boundary-iou"], argv]))
     assert codes == [0, 0], said
-    assert "going on after" in printed[0]
+    assert "going on after" in printed[0] and printed[0].count("mean_boundary_iou: ") == 2
 
     assert [row["step"] for row in rows(together)] == [row["step"] for row in rows(whole)]
     losses = [[float(row["loss"]) for row in rows(workdir)] for workdir in (together, whole)]
