@@ -50,10 +50,38 @@ def test_what_an_ignored_pixel_predicts_does_not_matter():
     assert pixel_cross_entropy(logits, label) == pixel_cross_entropy(changed, label)
 
 
+@pytest.mark.parametrize("ignore_label", [0, 3, -1])
+def test_any_label_may_be_the_ignored_one(ignore_label):
+    logits, label = random_case(3)
+    label = label.astype(np.int32)
+    expected = pixel_cross_entropy(logits, np.where(label == ignore_label, 255, label))
+    other = np.where(label == 255, ignore_label, label)
+    np.testing.assert_allclose(pixel_cross_entropy(logits, other, ignore_label), expected, rtol=1e-6)
+
+
+def test_half_precision_is_computed_in_float32():
+    logits, label = random_case(4)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        half = jnp.asarray(logits, dtype)
+        loss = pixel_cross_entropy(half, label)
+        assert loss.dtype == jnp.float32
+        assert loss == pixel_cross_entropy(half.astype(jnp.float32), label)
+
+
+def test_more_pixels_than_a_half_precision_number_counts():
+    loss = pixel_cross_entropy(jnp.zeros((1, 300, 301, 2)), jnp.zeros((1, 300, 301), jnp.uint8))
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-5)
+
+
 @pytest.mark.parametrize("num_devices", [2, 4])
-def test_the_mean_over_devices_is_the_loss_of_the_global_batch(num_devices):
+@pytest.mark.parametrize("few", [False, True])
+def test_the_mean_over_devices_is_the_loss_of_the_global_batch(num_devices, few):
     logits, label = random_case(2)
     label[0] = 255  # One device has nothing at all.
+    if few:
+        # One valid pixel in all, less than one per device.
+        label[:3], label[3].flat[1:] = 255, 255
+        label[3, 0, 0] = 2
     split = functools.partial(lambda x: x.reshape(num_devices, -1, *x.shape[1:]))
 
     def per_device(logits, label):

@@ -18,6 +18,8 @@ def test_every_parameter_has_a_label():
     labels = parameter_labels(PARAMS, freeze_encoder=True)
     assert labels == {"encoder": {"conv": {"kernel": "frozen"}, "bn": {"bias": "frozen"}}, "decoder": {"w": "train"}}
     assert set(jax.tree.leaves(parameter_labels(PARAMS, freeze_encoder=False))) == {"train"}
+    # Only what is called so is the encoder.
+    assert parameter_labels({"encoders": 0, "neck": 0}, freeze_encoder=True) == {"encoders": "train", "neck": "train"}
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -58,11 +60,12 @@ def test_steps_equal_pytorchs_adam(b2):
 
 def test_schedules():
     assert make_schedule("constant", 0.5, 10)(7) == 0.5
-    # 2 of 42 steps lead up, 40 down: half of the height is reached half-way down.
-    cosine = make_schedule("cosine", 0.5, 42)
-    rates = [cosine(step) for step in (0, 1, 2, 12, 22, 42)]
+    # 2 of 50 steps lead up, 48 down: half of the height is reached half-way down.
+    cosine = make_schedule("cosine", 0.5, 50)
+    rates = [cosine(step) for step in (0, 1, 2, 14, 26, 50)]
     np.testing.assert_allclose(rates, [0.25, 0.375, 0.5, 0.25 + 0.25 * 0.5**0.5, 0.25, 0], atol=1e-7)
-    assert np.all(np.diff([cosine(step) for step in range(2, 43)]) < 0)
+    assert np.all(np.diff([cosine(step) for step in range(2, 51)]) < 0)
     assert make_schedule("cosine", 0.5, 1)(0) == 0.5
-    with pytest.raises(ValueError, match="constant or cosine"):
-        make_schedule("warm", 0.5, 10)
+    for name in ("warm", "", "convex"):
+        with pytest.raises(ValueError, match="constant or cosine"):
+            make_schedule(name, 0.5, 10)
