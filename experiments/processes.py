@@ -29,6 +29,10 @@ _GRACE = 10
 _LONG = 24 * 60 * 60 * 1000
 
 
+class Mistake(ValueError):
+    """Something that the user can put right: its message is one line for them. Any other ValueError is a defect."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """Which process this is, from 0, and of how many; with one, nothing here does anything."""
@@ -94,23 +98,28 @@ class Processes:
         """Waits for all processes at its end; a ValueError or OSError in one of them is then an error in every one.
 
         Raises:
-          ValueError: in the processes that made no mistake of their own.
+          Mistake: for a ValueError, and in the processes that made no mistake of their own.
+          OSError: as it came.
         """
-        if self.number == 1:
-            yield
-            return
-        mistake = None
+        mistake: Exception | None = None
         try:
             yield
-        except (ValueError, OSError) as error:
+        except ValueError as error:
+            mistake = Mistake(str(error) or repr(error))
+            mistake.__cause__ = error
+        except OSError as error:
             mistake = error
+        if self.number == 1:
+            if mistake is not None:
+                raise mistake
+            return
         self._meet("mistakes", _LONG)
         said = self.gather("" if mistake is None else str(mistake) or repr(mistake))
         if mistake is not None:
             raise mistake
         for index, text in enumerate(said):
             if text:
-                raise ValueError(f"process {index}: {text}")
+                raise Mistake(f"process {index}: {text}")
 
     def wait_for_all(self) -> None:
         """Returns when all processes have come here."""

@@ -16,13 +16,14 @@ from absl import logging as absl_logging
 
 from experiments.compiled import keep_compiled_programs
 from experiments.prepare import MakeDecoder, Run, prepare
-from experiments.processes import Agreement, Processes, start
+from experiments.processes import Agreement, Mistake, Processes, start
 from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, differences, to_json
 from experiments.stages import Records, resume, share_resumed, train_stages
 from experiments.stop import Stop, catch_signals
 from jaxseg import boundary, checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
+from jaxseg.data.folder import UnreadableFileError
 from jaxseg.log import MetricsLog
 
 
@@ -79,7 +80,7 @@ def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) 
                 print(f"error: {error}; {go_on}", file=sys.stderr)
                 return 1
             processes.wait_for_all()
-    except (ValueError, OSError) as error:
+    except (Mistake, UnreadableFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
@@ -110,7 +111,7 @@ def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: Make
     """Prepares in the first process, which may render or download, then in the others, and makes sure that all agree.
 
     Raises:
-      ValueError: something does not fit, in any process; the message is one line for the user.
+      Mistake: something does not fit, in any process.
       OSError: a file or folder cannot be read.
     """
     check_equal(processes, {"settings": to_json(settings)})
@@ -126,11 +127,11 @@ def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: Make
 
 
 def check_equal(processes: Processes, meta: dict[str, Any]) -> None:
-    """Raises ValueError, in all processes, unless all have the same `meta`."""
+    """Raises Mistake, in all processes, unless all have the same `meta`."""
     there, *others = map(json.loads, processes.gather(json.dumps(meta)))
     for index, here in enumerate(others, 1):
         if found := differ(there, here):
-            raise ValueError(f"process 0 (there) and process {index} (here) differ: {'; '.join(found)}")
+            raise Mistake(f"process 0 (there) and process {index} (here) differ: {'; '.join(found)}")
 
 
 def describe_run(run: Run) -> dict[str, Any]:

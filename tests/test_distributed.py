@@ -1,6 +1,5 @@
 """Two processes of two devices each are one of four, whatever stops them; each says what goes wrong."""
 
-import csv
 import itertools
 import json
 import os
@@ -18,10 +17,10 @@ from PIL import Image
 
 from experiments import prepare
 from experiments.processes import ALONE, Agreement
-from experiments.settings import Settings, complete, parse
-from experiments.stages import resume
-from jaxseg import checkpoint, train
+from experiments.settings import parse
+from jaxseg import train
 from tests.peers import small_run
+from tests.peers.small_run import last_state, rows
 
 DEADLINE = 300  # seconds, for a process to come as far as it is waited for
 TOGETHER = ("--coordinator", "--num-processes", "--process-id")
@@ -77,11 +76,6 @@ def finish(processes):
     return [process.returncode for process in processes], *map(list, zip(*said, strict=True))
 
 
-def rows(workdir):
-    path = workdir / "metrics.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
 def stop_when(argv, come, who, number):
     """Starts both, sends one of them a signal a random moment after `come()`; returns as `finish`."""
     processes = start("tests.peers.small_run", [argv, argv])
@@ -93,14 +87,6 @@ def stop_when(argv, come, who, number):
     time.sleep(random.uniform(0, 0.05))
     processes[who].send_signal(number)
     return finish(processes)
-
-
-def last_state(workdir):
-    values = json.loads((workdir / "config.json").read_text())["settings"]
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    run = prepare.prepare(complete(Settings(**values | {"workdir": workdir}), "improved"), small_run.make_decoder)
-    with checkpoint.open_checkpoints(workdir / "checkpoints") as manager:
-        return resume(run, manager)[0]
 
 
 def test_two_processes_are_one_of_four_devices_and_go_on_after_one_is_killed(folder, tmp_path, monkeypatch):

@@ -22,7 +22,8 @@ from experiments import baseline, improved
 from experiments.prepare import find_data, prepare
 from experiments.settings import Settings, complete, parse, to_json
 from jaxseg import checkpoint
-from jaxseg.data import shapes
+from jaxseg.data import loader, shapes
+from jaxseg.data.folder import open_folder
 from jaxseg.decoders import BaselineDecoder
 from jaxseg.pretrained import encoder_shapes, load_encoder, save_torch
 from jaxseg.resnet import VARIANTS, Bottleneck
@@ -352,16 +353,48 @@ def test_masks_of_0_and_255_are_warned_of(folder, tmp_path, capsys):
         find_data(settings)[1]()
 
 
-def test_too_little_memory_is_said_in_one_line(folder, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def executed(monkeypatch, folder, tmp_path):
+    """Runs the command with a function in the place of its training; returns the exit code."""
+
+    def run_with(execute):
+        monkeypatch.setattr("experiments.run.execute", execute)
+        monkeypatch.setattr("experiments.run.prepare_in_turn", lambda _, settings, __: settings)
+        monkeypatch.setattr("experiments.run.describe_run", lambda settings: {"settings": to_json(settings)})
+        return baseline.main(arguments(folder, tmp_path / "run"))
+
+    return run_with
+
+
+def test_too_little_memory_is_said_in_one_line(executed, capsys):
     def execute(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr("experiments.run.execute", execute)
-    monkeypatch.setattr("experiments.run.prepare_in_turn", lambda _, settings, __: settings)
-    monkeypatch.setattr("experiments.run.describe_run", lambda settings: {"settings": to_json(settings)})
-    assert baseline.main(arguments(folder, tmp_path / "run")) == 1
+    assert executed(execute) == 1
     said = capsys.readouterr().err.strip()
     assert "give a smaller --batch-size" in said and "\n" not in said
+
+
+def test_an_image_that_breaks_while_training_is_named(executed, folder, capsys):
+    broken = folder / "train" / "img" / "3.jpg"
+    batches = loader.train_batches(open_folder(folder)[1]["train"], image_size=(32, 32), batch_size=4, seed=0)
+
+    def execute(*_):
+        broken.write_bytes(broken.read_bytes()[:500])
+        for _ in batches:
+            pass
+
+    assert executed(execute) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"error: {broken}: cannot be read (") and "\n" not in said
+
+
+def test_a_defect_of_ours_is_not_called_a_mistake_of_the_user(executed):
+    def execute(*_):
+        raise ValueError("shapes do not agree")
+
+    with pytest.raises(ValueError, match="shapes do not agree"):
+        executed(execute)
 
 
 def test_a_platform_that_is_not_there_is_said_in_one_line(folder, tmp_path):

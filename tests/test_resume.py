@@ -1,6 +1,5 @@
-"""A run that is stopped, whatever stops it, ends where it would have ended."""
+"""A run that is stopped, whatever stops it, ends where it would have ended: here one with rotation and dropout."""
 
-import csv
 import json
 import random
 import signal
@@ -13,12 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import baseline
-from experiments.prepare import prepare
+from experiments import baseline, prepare
 from experiments.settings import Settings, complete, to_json
-from experiments.stages import resume
-from jaxseg import checkpoint
-from jaxseg.decoders import BaselineDecoder
+from tests.peers import small_run
+from tests.peers.small_run import last_state
 
 DEADLINE = 300  # seconds, for a process to come as far as it is waited for
 
@@ -45,7 +42,7 @@ def arguments(folder, workdir, *more):
 
 def stop_when(argv, come, number):
     """Starts the command, sends it a signal a random moment after `come()`; returns its exit code and what it said."""
-    command = [sys.executable, "-m", "experiments.baseline", *argv]
+    command = [sys.executable, "-m", "tests.peers.small_run", *argv]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + DEADLINE
         while not come():
@@ -60,27 +57,13 @@ def stop_when(argv, come, number):
 
 def rows(workdir):
     """The rows of metrics.csv, without the time that they took."""
-    path = workdir / "metrics.csv"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(lines)]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in small_run.rows(workdir)]
 
 
-def last_state(folder, workdir):
-    run = prepare(complete(Settings(**settings_of(workdir)), "baseline"), lambda number, _: BaselineDecoder(number))
-    with checkpoint.open_checkpoints(workdir / "checkpoints") as manager:
-        return resume(run, manager)[0]
-
-
-def settings_of(workdir):
-    values = json.loads((workdir / "config.json").read_text())["settings"]
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()} | {
-        "workdir": workdir
-    }
-
-
-def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path):
+def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "ResNet", small_run.SmallEncoder)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert baseline.main(arguments(folder, whole)) == 0
+    assert small_run.main(arguments(folder, whole)) == 0
 
     def numbers():
         return [int(path.name) for path in (stopped / "checkpoints").glob("*") if path.name.isdigit()]
@@ -109,12 +92,12 @@ def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    assert baseline.main(seldom) == 0
+    assert small_run.main(seldom) == 0
     assert damaged.with_name(f"damaged-{damaged.name}").is_dir()
 
     assert rows(stopped) == rows(whole)
     assert (stopped / "results.json").read_text() == (whole / "results.json").read_text()
-    state, other = last_state(folder, stopped), last_state(folder, whole)
+    state, other = last_state(stopped), last_state(whole)
     assert int(state.step) == 8
     jax.tree.map(np.testing.assert_array_equal, state, other)
     figures = {path.name for path in (stopped / "figures").iterdir()}

@@ -44,6 +44,10 @@ _DECODE_ERRORS = (
 )
 
 
+class UnreadableFileError(ValueError):
+    """An image or a label that cannot be read; the message names it and the remedy."""
+
+
 class FolderSource:
     """Random access to the examples of one split, decoded when asked for; safe to read from several threads.
 
@@ -65,11 +69,12 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         """Decodes one example.
 
-        Returns:
-          {"image": (H, W, 3) uint8 RGB, upright, "label": (H, W) uint8, "name": the stem}.
+          Returns:
+            {"image": (H, W, 3) uint8 RGB, upright, "label": (H, W) uint8, "name": the stem}.
 
-        Raises:
-          ValueError: a file cannot be read, or is not a label.
+          Raises:
+            UnreadableFileError: a file cannot be read.
+        ValueError: a label is of another mode.
         """
         return {
             "image": read_image(self.image_paths[index]),
@@ -288,14 +293,16 @@ def _open(path: str | os.PathLike, formats: Sequence[str]) -> Image.Image:
     try:
         return Image.open(path, formats=formats)
     except UnidentifiedImageError as error:  # whose message is only the path again
-        raise ValueError(f"{path}: its content is not {' or '.join(formats)}; convert, replace or remove it") from error
+        raise UnreadableFileError(
+            f"{path}: its content is not {' or '.join(formats)}; convert, replace or remove it"
+        ) from error
     except _DECODE_ERRORS as error:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: str | os.PathLike, error: Exception) -> ValueError:
+def _unreadable(path: str | os.PathLike, error: Exception) -> UnreadableFileError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{path}: cannot be read ({reason}); replace or remove it")
+    return UnreadableFileError(f"{path}: cannot be read ({reason}); replace or remove it")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,12 +1,16 @@
 """`experiments.improved` with a small encoder and decoder in the place of the ResNet: seconds instead of minutes."""
 
+import csv
+import json
 import sys
 
 from flax import linen as nn
 
 from experiments import prepare
 from experiments.run import run
-from experiments.settings import parse
+from experiments.settings import Settings, complete, parse
+from experiments.stages import resume
+from jaxseg import checkpoint
 from jaxseg.decoders import ImprovedDecoder
 from jaxseg.train import AXIS
 
@@ -25,6 +29,22 @@ class SmallEncoder(nn.Module):
 
 def make_decoder(num_classes, rate):
     return ImprovedDecoder(num_classes, widths=(8, 8, 8, 8, 8), dropout_rate=rate, axis_name=AXIS)
+
+
+def rows(workdir):
+    """The rows of its metrics.csv so far."""
+    path = workdir / "metrics.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def last_state(workdir):
+    """The state that its last checkpoint holds."""
+    prepare.ResNet = SmallEncoder
+    values = json.loads((workdir / "config.json").read_text())["settings"]
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    prepared = prepare.prepare(complete(Settings(**values | {"workdir": workdir}), "improved"), make_decoder)
+    with checkpoint.open_checkpoints(workdir / "checkpoints") as manager:
+        return resume(prepared, manager)[0]
 
 
 def main(argv=None):
