@@ -4,9 +4,17 @@ import csv
 import itertools
 import os
 import pathlib
+import sys
 
 import numpy as np
-from tensorboardX import SummaryWriter
+
+# Where PyTorch is installed tensorboardX imports it, which takes seconds, and what is written here needs none of it:
+# a module of None cannot be imported.
+_hidden = "torch" not in sys.modules and sys.modules.setdefault("torch", None) is None
+from tensorboardX import SummaryWriter  # noqa: E402
+
+if _hidden:
+    del sys.modules["torch"]
 
 COLUMNS = ("kind", "stage", "epoch", "step", "loss", "learning_rate", "mean_iou", "seconds")
 

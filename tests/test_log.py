@@ -2,6 +2,8 @@
 
 import csv
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -76,3 +78,11 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         offset += length + 16
     assert ("train/loss", 2, 1.5) in scalars
     assert ("validation/mean_iou", 2, 0.25) in scalars
+
+
+def test_the_events_do_not_import_pytorch():
+    code = "import sys, jaxseg.log, tensorboardX; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys; sys.modules['torch'] = there = type(sys)('torch'); there.Tensor = int; import jaxseg.log"
+    code += "; assert sys.modules['torch'] is there"
+    subprocess.run([sys.executable, "-c", code], check=True)
