@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What one test compiled, the others and their subprocesses need not compile again; the workers inherit the folder.
 COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="jaxseg-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import pytest  # noqa: E402
 

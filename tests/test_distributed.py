@@ -28,9 +28,9 @@ TOGETHER = ("--coordinator", "--num-processes", "--process-id")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Thirty-two pictures to train on, four updates an epoch, the later ones ignored in part; five to validate on."""
+    """Eighty pictures to train on, ten updates an epoch, the later ones ignored in part; five to validate on."""
     root, rng = tmp_path_factory.mktemp("distributed") / "data", np.random.default_rng(0)
-    for split, number in (("train", 32), ("val", 5), ("test", 2)):
+    for split, number in (("train", 80), ("val", 5), ("test", 2)):
         for part in ("img", "seg"):
             (root / split / part).mkdir(parents=True)
         for index in range(number):
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 def arguments(folder, workdir):
     options = ["--dataset", f"folder:{folder}", "--num-classes", "2", "--weights", "none", "--image-size", "64", "64"]
-    options += ["--batch-size", "8", "--epochs", "5", "5", "--learning-rate", "3e-5", "3e-5"]
+    options += ["--batch-size", "8", "--epochs", "2", "2", "--learning-rate", "3e-5", "3e-5"]
     return [*options, "--workdir", str(workdir)]
 
 
@@ -96,7 +96,7 @@ def test_two_processes_are_one_of_four_devices_and_go_on_after_one_is_killed(fol
     argv = arguments(folder, together)
     # One is killed in the second stage: the other notices and ends too.
     killed = random.randrange(2)
-    codes, printed, said = stop_when(argv, lambda: len(rows(together)) > 30, killed, signal.SIGKILL)
+    codes, printed, said = stop_when(argv, lambda: len(rows(together)) > 28, killed, signal.SIGKILL)
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] in (1, -signal.SIGABRT), said
     assert "another process of the run has ended" in said[1 - killed] or "another task died" in said[1 - killed]
     assert "devices: 4 cpu in 2 processes" in printed[0] or not killed
