@@ -30,11 +30,12 @@ class Settings:
     """Images in a batch, over all devices."""
     num_classes: int = 9
     """Number of classes."""
-    work: tuple[Literal["stage1", "stage2", "validation", "inference"], ...] = (
+    work: tuple[Literal["stage1", "stage1-cached", "stage2", "validation", "inference"], ...] = (
         "stage1", "stage2", "validation", "inference",
     )  # fmt: skip
-    """What is measured: training with the encoder frozen and of everything, validation at the images' size, and
-    inference, which ends with the class of each pixel on the device."""
+    """What is measured: training with the encoder frozen, the same on features that were computed before (jaxseg
+    only), training of everything, validation at the images' size, and inference, which ends with the class of each
+    pixel on the device."""
     loader: bool = False
     """Read the batches from JPEG files (made for it, in a temporary folder) instead of giving the same one again."""
     against: Literal["nothing", "torch"] = "nothing"
@@ -95,10 +96,11 @@ def measure(settings: Settings) -> dict[str, Any]:
     print(f"{results['device']}, {results['versions']}; matrix product {results['peak_gflops']:.0f} GFLOP/s")
     print(f"{settings.model}, {settings.encoder}, {settings.image_size[0]}x{settings.image_size[1]},", end=" ")
     print(f"batch {settings.batch_size}, loader {'included' if settings.loader else 'not included'}")
-    line = "{:<11} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
+    line = "{:<13} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
     print(line.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "peak", "MiB", "ratio"))
     for work in settings.work:
-        rows = results["work"][work] = _measure_work(work, programs, settings)
+        rows = _measure_work(work, programs[:1] if work == "stage1-cached" else programs, settings)
+        results["work"][work] = rows
         for program, row in rows.items():
             gflops = row["gflop_per_image"] * row["images_per_s"]
             row["gflops"], row["share_of_peak"] = gflops, gflops / results["peak_gflops"]
@@ -199,7 +201,7 @@ def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
     from experiments import works
 
     load = _load(settings)
-    with works.open_batches(load, training=work in ("stage1", "stage2")) as batches:
+    with works.open_batches(load, work) as batches:
         try:
             began = time.perf_counter()
             if program == "jaxseg":

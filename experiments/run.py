@@ -297,17 +297,9 @@ def make_evaluate(run: Run, stop: Stop, boundary: bool = False) -> Callable[[Any
     evaluate = train.make_evaluate(run.model, run.labels.num_classes, run.devices, boundary=boundary)
     sizes = {"image_size": run.settings.image_size, "batch_size": run.settings.batch_size}
 
-    def until_stopped(batches: Any) -> Iterator[Any]:
-        for batch in batches:
-            stop.poll()
-            if stop.signal is not None:
-                return
-            yield batch
-
     def evaluate_split(variables: Any, split: str) -> np.ndarray | None:
-        confusion = evaluate(
-            variables, until_stopped(loader.eval_batches(run.splits[split], part=run.processes.part, **sizes))
-        )
+        batches = loader.eval_batches(run.splits[split], part=run.processes.part, **sizes)
+        confusion = evaluate(variables, stop.until_stopped(batches))
         return confusion if stop.signal is None else None
 
     return evaluate_split

@@ -83,6 +83,10 @@ class Settings:
     """Each training image is rotated, together with its label, by an angle drawn up to this one; 0 rotates none."""
     dropout: tuple[float, float] | None = None
     """The share of the improved decoder's last features that is dropped in stage 1 and in stage 2."""
+    cache_features: bool = True
+    """Where the encoder is frozen, images are not rotated and there is more than one epoch, compute the encoder's
+    features of the training images once, not in every epoch; up to 1 GiB is kept in memory, more in a temporary file
+    in the workdir. Only with one process."""
     seed: int = 0
     """Seeds the initial parameters, the order of the images, the rotation and the dropout."""
     workdir: pathlib.Path | None = None

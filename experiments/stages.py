@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from experiments.features import compute_features
 from experiments.prepare import Run
 from experiments.results import print_table, stage_difference
 from experiments.stop import Stop
@@ -167,7 +168,12 @@ def train_one_stage(
         return stop.poll(due=time.perf_counter() - saved > 60 * settings.save_minutes)
 
     place = progress.epoch, progress.updates
-    batches = _batches(run, number, done)
+    features = compute_features(run, number, variables, stop)
+    if stop.signal is not None:
+        if log and not records.manager.all_steps():
+            progress = _save(records, stage, train.Halfway(*place, state), progress)
+        return variables, step, progress
+    batches = _batches(run, number, done, features)
     key, model = jax.random.fold_in(jax.random.key(settings.seed), 1), run.make_model(settings.dropout[number - 1])
     events = train.run_stage(
         model, tx, state, stage, key, batches, steps, evaluate, run.devices, start=place, wants_state=wants_state
@@ -219,7 +225,7 @@ def _make_optimizer(run: Run, number: int) -> tuple[optax.GradientTransformation
     return optimizer.make_optimizer(rate, stage.freeze_encoder, settings.adam_b2), rates
 
 
-def _batches(run: Run, number: int, start: int) -> Any:
+def _batches(run: Run, number: int, start: int, features: np.ndarray | None) -> Any:
     """A stage's training batches; each stage draws its own order, so that a seed's stages do not repeat each other."""
     settings = run.settings
     return loader.train_batches(
@@ -229,6 +235,7 @@ def _batches(run: Run, number: int, start: int) -> Any:
         seed=2 * settings.seed + number,
         start=start,
         part=run.processes.part,
+        features=features,
     )
 
 

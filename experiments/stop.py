@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from signal import SIGINT, SIGTERM, Signals
 from signal import signal as set_handler
 from typing import Any
@@ -36,6 +36,14 @@ class Stop:
             return self.signal is not None or due
         # No signal that is caught has the number 1.
         return self._learn(self.agreement.late(int(self.asked or due)))
+
+    def until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Passes them on until the run is asked to stop."""
+        for batch in batches:
+            self.poll()
+            if self.signal is not None:
+                return
+            yield batch
 
     def settle(self) -> bool:
         """Whether the run is asked to stop; waits until all processes have said."""

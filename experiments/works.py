@@ -24,7 +24,7 @@ from jaxseg.optimizer import make_optimizer
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
 
-WORKS = ("stage1", "stage2", "validation", "inference")
+WORKS = ("stage1", "stage1-cached", "stage2", "validation", "inference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,23 @@ def make_batch(load: Load) -> dict[str, np.ndarray]:
     }
 
 
+def make_features(load: Load, number: int) -> np.ndarray:
+    """What a frozen encoder could give for so many images: positive noise."""
+    variables = jax.eval_shape(make_model(load).init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.uint8))
+    image = jax.ShapeDtypeStruct((number, *load.image_size, 3), np.uint8)
+    encode = functools.partial(train.encode_step, model=make_model(load))
+    shape = jax.eval_shape(encode, variables, {"image": image}).shape
+    return np.random.default_rng(0).random(shape, np.float32)
+
+
 @contextlib.contextmanager
-def open_batches(load: Load, training: bool) -> Iterator[Iterator[dict[str, np.ndarray]]]:
+def open_batches(load: Load, work: str) -> Iterator[Iterator[dict[str, np.ndarray]]]:
     """Endless batches: always the same, or, with `load.loader`, from JPEG files a quarter larger than the images."""
     if not load.loader:
-        yield itertools.repeat(make_batch(load))
+        batch = make_batch(load)
+        if work == "stage1-cached":
+            batch = {"features": make_features(load, load.batch_size), "label": batch["label"]}
+        yield itertools.repeat(batch)
         return
     rng, number = np.random.default_rng(0), 4 * load.batch_size
     height, width = (length * 5 // 4 for length in load.image_size)
@@ -80,8 +92,9 @@ def open_batches(load: Load, training: bool) -> Iterator[Iterator[dict[str, np.n
             Image.fromarray(label).resize((width, height), 0).save(pathlib.Path(root) / split / "seg" / f"{index}.png")
         _, splits = folder.open_folder(pathlib.Path(root), load.num_classes)
         sizes = {"image_size": load.image_size, "batch_size": load.batch_size}
-        if training:
-            yield iter(loader.train_batches(splits["train"], seed=0, **sizes))
+        if work.startswith("stage"):
+            features = make_features(load, number) if work == "stage1-cached" else None
+            yield iter(loader.train_batches(splits["train"], seed=0, features=features, **sizes))
         else:
             yield itertools.chain.from_iterable(itertools.repeat(loader.eval_batches(splits["val"], **sizes)))
 
@@ -98,17 +111,18 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
     variables = train.replicate(init(jax.random.key(0), image), devices)
-    names = ("image", "label", "label_size") if work == "validation" else ("image", "label")
+    names = {"validation": ("image", "label", "label_size"), "stage1-cached": ("features", "label")}
+    names = names.get(work, ("image", "label"))
     batches = ({name: batch[name] for name in names} for batch in batches)
-    if work in ("stage1", "stage2"):
-        freeze = work == "stage1"
+    if work.startswith("stage"):
+        freeze = work != "stage2"
         tx = make_optimizer(1e-3, freeze)
         step = functools.partial(
             train.train_step,
             model=make_model(dataclasses.replace(load, dropout=0.0 if freeze else load.dropout)),
             tx=tx,
             freeze_encoder=freeze,
-            max_degrees=load.max_degrees if load.model == "improved" else 0.0,
+            max_degrees=load.max_degrees if load.model == "improved" and work != "stage1-cached" else 0.0,
             axis_name=train.AXIS,
         )
         step = train.pmap_step(step, devices, donate=True, keyed=True)
@@ -188,6 +202,9 @@ def gigaflops(work: str, load: Load) -> float:
     """
     total = 0.0
     for index, convolution in enumerate(list_convolutions(dataclasses.replace(load, batch_size=1))):
-        trains = work == "stage2" or (work == "stage1" and convolution.name.startswith("decoder"))
+        decodes = convolution.name.startswith("decoder")
+        if work == "stage1-cached" and not decodes:
+            continue
+        trains = work == "stage2" or (work.startswith("stage1") and decodes)
         total += convolution.gigaflops * (1 + trains * (1 if index == 0 else 2))
     return total

@@ -45,11 +45,29 @@ class Segmenter(nn.Module):
         Returns:
           logits: (N, H, W, num_classes) float32.
         """
+        features = self.encode(image, train=train and not freeze_encoder)
+        if freeze_encoder:
+            features = jax.lax.stop_gradient(features)
+        return self.decode(features, image.shape[1:3], train=train, keys=keys)
+
+    def encode(self, image: jnp.ndarray, train: bool = False) -> jnp.ndarray:
+        """Computes what the decoder needs of the encoder.
+
+        Args:
+          image: as in `__call__`.
+          train: the encoder's batch norm uses, and updates, the batch's statistics.
+
+        Returns:
+          (N, ceil(H / 32), ceil(W / 32), C), of the encoder's dtype.
+        """
         height, width = image.shape[1:3]
         # The padding's value, 0 after normalising, is the mean colour.
         padding = ((0, 0), (0, -height % STRIDE), (0, -width % STRIDE), (0, 0))
-        x = jnp.pad(normalise(image), padding)
-        features = self.encoder(x, train=train and not freeze_encoder)[STRIDE]
-        if freeze_encoder:
-            features = jax.lax.stop_gradient(features)
+        return self.encoder(jnp.pad(normalise(image), padding), train=train)[STRIDE]
+
+    def decode(
+        self, features: jnp.ndarray, size: tuple[int, int], train: bool = False, keys: jax.Array | None = None
+    ) -> jnp.ndarray:
+        """Computes the logits (N, *size, num_classes) of images of this (height, width) from what `encode` gave."""
+        height, width = size
         return self.decoder(features, train=train, keys=keys)[:, :height, :width]

@@ -135,7 +135,9 @@ def train_step(
 
     Args:
       state: the state before.
-      batch: 'image' (N, H, W, 3) uint8, 'label' (N, H, W) integer; other entries are ignored.
+      batch: 'image' (N, H, W, 3) uint8, 'label' (N, H, W) integer; other entries are ignored. With 'features', what
+        `encode_step` gave for the images, in the image's place, only the decoder is computed: for a frozen encoder and
+        images that nothing changes.
       key: the run's, the same for all steps; see `image_keys`.
       model: the segmenter; its batch norm must average over the same `axis_name`.
       tx: the stage's optimizer, that of `state.opt_state`.
@@ -146,21 +148,19 @@ def train_step(
     Returns:
       The state after, and {'loss': () float32}, both of the global batch and equal on all devices.
     """
-    image, label = batch["image"], batch["label"]
-    keys = image_keys(key, state.step, len(image), axis_name)
+    image, label = batch.get("image"), batch["label"]
+    keys = image_keys(key, state.step, len(label), axis_name)
     for_rotation, for_dropout = (jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in range(2))
     if max_degrees:
         image, label = jax.vmap(random_rotate, (0, 0, 0, None))(for_rotation, image, label, max_degrees)
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-        logits, updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            image,
-            train=True,
-            freeze_encoder=freeze_encoder,
-            keys=for_dropout,
-            mutable=["batch_stats"],
-        )
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        options = {"train": True, "keys": for_dropout, "mutable": ["batch_stats"]}
+        if "features" in batch:
+            logits, updates = model.apply(variables, batch["features"], label.shape[1:], method="decode", **options)
+        else:
+            logits, updates = model.apply(variables, image, freeze_encoder=freeze_encoder, **options)
         return pixel_cross_entropy(logits, label, axis_name=axis_name), updates["batch_stats"]
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -169,6 +169,11 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, batch_stats, opt_state), {"loss": loss}
+
+
+def encode_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array:
+    """What a frozen encoder gives for batch['image'] (N, H, W, 3) uint8: (N, ceil(H / 32), ceil(W / 32), C)."""
+    return model.apply(variables, batch["image"], method="encode")
 
 
 def predict_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array:
@@ -429,3 +434,34 @@ def make_evaluate(
         return total + sum(np.asarray(confusion, np.int64) for confusion in pending)
 
     return evaluate
+
+
+def make_encode(
+    model: nn.Module, devices: Sequence[jax.Device]
+) -> Callable[[Any, Iterable[Batch]], Iterator[np.ndarray]]:
+    """Builds the encoding of many images by a frozen encoder.
+
+    Args:
+      model: the segmenter.
+      devices: those of this process.
+
+    Returns:
+      encode(variables, batches) -> for each batch, in order, what `encode_step` gives; with variables on the devices
+      and host batches that hold 'image'.
+    """
+    step_fn = pmap_step(functools.partial(encode_step, model=model), devices, per_image=True)
+
+    def encode(variables: Any, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+        pending: collections.deque = collections.deque()
+        for batch in batches_on_devices(({"image": batch["image"]} for batch in batches), devices):
+            pending.append(step_fn(variables, batch))
+            if len(pending) > LAG:
+                yield _together(pending.popleft())
+        yield from map(_together, pending)
+
+    return encode
+
+
+def _together(x: jax.Array) -> np.ndarray:
+    """(devices, images per device, ...) -> (images, ...), on the host."""
+    return np.asarray(x).reshape(-1, *x.shape[2:])

@@ -25,11 +25,13 @@ def test_what_trains_counts_three_times():
     forward = works.gigaflops("inference", load) * 1e9
     assert works.gigaflops("validation", load) * 1e9 == forward
     np.testing.assert_allclose(works.gigaflops("stage1", load) * 1e9, forward + 2 * decoder)
+    np.testing.assert_allclose(works.gigaflops("stage1-cached", load) * 1e9, 3 * decoder)
     np.testing.assert_allclose(works.gigaflops("stage2", load) * 1e9, 3 * forward - stem)
 
 
 def test_it_measures_and_writes_what_it_measured(tmp_path, capsys):
-    options = ["--image-size", "32", "32", "--work", "inference", "--rounds", "2", "--steps", "1", "--loader"]
+    options = ["--image-size", "32", "32", "--work", "inference", "stage1-cached", "--rounds", "2", "--steps", "1"]
+    options += ["--loader"]
     path = tmp_path / "numbers.json"
     assert benchmark.main([*options, "--json", str(path)]) == 0
     results = json.loads(path.read_text())

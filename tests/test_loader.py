@@ -248,3 +248,22 @@ def test_an_image_that_breaks_later_is_the_source_s_own_error():
     with pytest.raises(ValueError, match="broken") as error:
         next(iter(loader.eval_batches(Broken(3), image_size=IMAGE_SIZE, batch_size=2)))
     assert str(error.value) == "image 0 is broken"
+
+
+def test_features_take_the_images_place_in_the_same_order():
+    class Labels(ArraySource):
+        def __getitem__(self, index):
+            pytest.fail("an image is read")
+
+        def label(self, index):
+            return super().__getitem__(index)["label"]
+
+    options = {"image_size": IMAGE_SIZE, "batch_size": 4, "seed": 3}
+    features = np.arange(11 * 6, dtype=np.float32).reshape(11, 1, 2, 3)
+    plain = loader.train_batches(ArraySource(11), **options)
+    stored = loader.train_batches(Labels(11), features=features, **options)
+    for one, other in itertools.islice(zip(plain, stored, strict=True), 5):
+        np.testing.assert_array_equal(one["index"], other["index"])
+        np.testing.assert_array_equal(one["label"], other["label"])
+        np.testing.assert_array_equal(other["features"], features[one["index"]])
+        assert "image" not in other

@@ -1,4 +1,4 @@
-"""A run that is stopped, whatever stops it, ends where it would have ended: here one with rotation and dropout."""
+"""A run that is stopped ends where it would have ended: here one with dropout, and with features kept in stage 1."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 def arguments(folder, workdir, *more):
     options = ["--dataset", f"folder:{folder}", "--num-classes", "2", "--weights", "none", "--image-size", "32", "32"]
-    return [*options, "--batch-size", "4", "--epochs", "2", "2", "--workdir", str(workdir), *more]
+    return [*options, "--batch-size", "4", "--epochs", "2", "2", "--max-degrees", "0", "--workdir", str(workdir), *more]
 
 
 def stop_when(argv, come, number):
@@ -78,7 +78,8 @@ def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path, monkeypatch):
     often, seldom = arguments(folder, stopped, "--save-minutes", "1e-9"), arguments(folder, stopped)
     code, said = stop_when(seldom, lambda: (stopped / "metrics.csv").exists(), signal.SIGTERM)
     assert code == 128 + signal.SIGTERM and f"--workdir {stopped} goes on" in said
-    assert numbers() == [1] and len(rows(stopped)) == 1
+    # It was computing features, or made one update more.
+    assert numbers() == [1] and len(rows(stopped)) <= 1
     # In the first stage, between the stages while a checkpoint is written, and in the second stage.
     for come in (
         lambda: has("step", "1", "2"),

@@ -148,3 +148,11 @@ def test_the_improved_decoder_drops_by_the_keys_that_the_segmenter_is_given():
     jax.tree.map(np.testing.assert_array_equal, stats["encoder"], variables["batch_stats"]["encoder"])
     for after, before in zip(*(jax.tree.leaves(x["decoder"]) for x in (stats, variables["batch_stats"])), strict=True):
         assert np.any(after != before)
+
+
+def test_encoding_and_decoding_is_the_whole(model, variables):
+    image, _ = random_batch(37, 70)
+    features = jax.jit(lambda x: model.apply(variables, x, method="encode"))(image)
+    assert features.shape == (2, 2, 3, 512)
+    logits = jax.jit(lambda x: model.apply(variables, x, (37, 70), method="decode"))(features)
+    np.testing.assert_allclose(logits, jax.jit(model.apply)(variables, image), rtol=1e-4, atol=1e-4)

@@ -133,6 +133,27 @@ def test_stage_one_moves_neither_the_encoder_nor_its_statistics(variables):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.parametrize("devices", [DEVICES[:1], DEVICES])
+def test_features_computed_before_make_the_same_steps(variables, devices):
+    tx, batches = make_optimizer(1e-2, True), [make_batch(seed) for seed in range(3)]
+    encoded = list(train.make_encode(MODEL, devices)(train.replicate(variables, devices), batches))
+    stored = [{"features": x, "label": batch["label"]} for x, batch in zip(encoded, batches, strict=True)]
+    ends = [
+        list(
+            train.run_stage(
+                MODEL, tx, train.start_stage(variables, tx, devices), make_stage(True), KEY, given, 3, evaluate, devices
+            )
+        )
+        for given in (batches, stored)
+    ]
+    losses = [[event.loss for event in events if isinstance(event, train.StepDone)] for events in ends]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, *(jax.tree.map(np.array, events[-1].state) for events in ends))
+    equal(ends[1][-1].state.params["encoder"], variables["params"]["encoder"])
+    equal(ends[1][-1].state.batch_stats, variables["batch_stats"])
+
+
 def test_stage_two_moves_every_parameter_and_statistic(variables):
     state, _ = take_steps(variables, False, DEVICES)
     for after, before in ((state.params, variables["params"]), (state.batch_stats, variables["batch_stats"])):

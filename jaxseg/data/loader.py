@@ -96,6 +96,7 @@ def train_batches(
     seed: int,
     start: int = 0,
     part: tuple[int, int] = (0, 1),
+    features: np.ndarray | None = None,
     num_threads: int = 4,
 ) -> grain.IterDataset:
     """Endless training batches, shuffled anew in each epoch: a function of the seed, not of the threads.
@@ -107,11 +108,12 @@ def train_batches(
       seed: 0 to 2**32 - 1.
       start: how many batches to leave out at the beginning, without reading them: those that were trained on already.
       part: (k, P) to read only the k-th (from 0) of P equal parts of each batch: that of one of P processes.
+      features: (len(source), ...), one entry for each image: they take the images' place, which are not read then.
       num_threads: batches that are prepared at the same time.
 
     Returns:
-      A data set whose iterator gives {"image": (N, H, W, 3) uint8, "label": (N, H, W) uint8, "index": (N,) int32, the
-      items' places in `source`}, with N = batch_size / P.
+      A data set whose iterator gives {"image": (N, H, W, 3) uint8 (or "features": (N, ...)), "label": (N, H, W) uint8,
+      "index": (N,) int32, the items' places in `source`}, with N = batch_size / P.
 
     Raises:
       ValueError: `source` holds less than one batch, the seed is out of range, or P does not divide the batch.
@@ -121,12 +123,12 @@ def train_batches(
         raise ValueError(f"--seed {seed}: must be between 0 and {2**32 - 1}")
 
     def example(index: int) -> dict:
-        item = source[index]
-        return {
-            "image": resize_image(item["image"], image_size),
-            "label": resize_label(item["label"], image_size),
-            "index": np.int32(index),
-        }
+        if features is None:
+            item = source[index]
+            inputs, label = {"image": resize_image(item["image"], image_size)}, item["label"]
+        else:
+            inputs, label = {"features": features[index]}, source.label(index)
+        return {**inputs, "label": resize_label(label, image_size), "index": np.int32(index)}
 
     # The seed goes before the shuffle, which needs it, and the batches before the repeat, or they straddle two epochs.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
