@@ -85,6 +85,9 @@ def compiled():
 def shallow_resnet18(monkeypatch):
     """A ResNet-18 with one block in each group: its five programs compile in half the time."""
     monkeypatch.setitem(VARIANTS, "resnet18", (BasicBlock, (1, 1, 1, 1)))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys, compiled, shallow_resnet18):

@@ -152,7 +152,7 @@ def test_the_improved_decoder_drops_by_the_keys_that_the_segmenter_is_given():
 
 def test_encoding_and_decoding_is_the_whole(model, variables):
     image, _ = random_batch(37, 70)
-    features = jax.jit(lambda x: model.apply(variables, x, method="encode"))(image)
+    features = jit(lambda x: model.apply(variables, x, method="encode"))(image)
     assert features.shape == (2, 2, 3, 512)
-    logits = jax.jit(lambda x: model.apply(variables, x, (37, 70), method="decode"))(features)
-    np.testing.assert_allclose(logits, jax.jit(model.apply)(variables, image), rtol=1e-4, atol=1e-4)
+    logits = jit(lambda x: model.apply(variables, x, (37, 70), method="decode"))(features)
+    np.testing.assert_allclose(logits, jit(model.apply)(variables, image), rtol=1e-4, atol=1e-4)
