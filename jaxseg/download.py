@@ -69,7 +69,7 @@ def fetch(name: str, base_url: str, folder: Path | None = None, timeout: float =
             with _lock(folder / f"{name}.lock"):
                 if not path.is_file():
                     _download(base_url + name, path, timeout)
-    except (OSError, http.client.HTTPException, _Failed) as error:
+    except (OSError, ValueError, http.client.HTTPException, _Failed) as error:  # ValueError: of a URL, of a header
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         raise ValueError(
             f"cannot download {base_url}{name} ({reason}): {_go_on(path)}put {name} into {folder}, or give a file with"
@@ -129,6 +129,8 @@ def _append(url: str, part: Path, timeout: float, bar: tqdm) -> bool:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             start = 0  # A server that knows no ranges sends the whole file.
         length = response.headers.get("Content-Length")
+        if length is not None and not length.isdecimal():
+            raise _Failed("the answer's header gives no valid length")
         bar.reset(None if length is None else start + int(length))
         bar.update(start)
         with part.open("r+b" if start else "wb") as file:

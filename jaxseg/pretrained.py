@@ -1,9 +1,10 @@
 """Pretrained encoders: torchvision's and timm's weights, or those of a run of ours, <-> Flax variables, strictly."""
 
+import contextlib
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ IMAGENET_FILES = {
     "resnet101": "resnet101-63fe2227.pth",
     "resnet152": "resnet152-394f9c45.pth",
 }
+# Longer names are cut where an error shows them.
+_SHOWN = 200
 _PREFIXED = re.compile(r"((?:(?:module|encoder|backbone)\.)*)(?:conv1|bn1|layer[1-4])\..*", re.DOTALL)
 _SAFETENSORS_TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _FORMS = "a .pth, .pt or .safetensors file, the workdir of a run, its folder of checkpoints or one checkpoint in it"
@@ -56,7 +59,7 @@ def load_encoder(
         tensors that do not fit a `jaxseg.misfit.Misfit`, which holds the whole list.
     """
     _check_name(name)
-    path = fetch(IMAGENET_FILES[name], base_url, cache) if str(weights) == "imagenet" else _expand(weights)
+    path = fetch(IMAGENET_FILES[name], base_url, cache) if weights == "imagenet" else _expand(weights)
     return _named(path, convert_resnet, _read(path), name)
 
 
@@ -75,9 +78,10 @@ def load_model(name: str, path: str | Path, variables: Any) -> dict[str, Any]:
       ValueError: there is no such checkpoint, or its encoder or decoder is another one; in one line.
     """
     path = _expand(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not the workdir of a run: of other weights only the encoder can be taken")
-    saved = _read_run(path)
+    with _readable(path):
+        if not path.is_dir():
+            raise ValueError(f"{path} is not the workdir of a run: of other weights only the encoder can be taken")
+        saved = _read_run(path)
     encoder = _named(path, convert_resnet, to_torch(_part(saved, "encoder")), name)
     decoder = _named(path, _check_decoder, _part(saved, "decoder"), _part(variables, "decoder"))
     return {
@@ -112,15 +116,22 @@ def save_torch(variables: Any, path: str | Path) -> None:
     for name in [name for name in tensors if name.endswith("running_mean")]:
         # torch would count its batches here from 0; it needs the tensor, and with a momentum never reads it.
         tensors[name.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
+    # Of a link, the file that it leads to.
+    target = path.resolve()
     # A name of its own: two programs may save at the same time.
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = target.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         safetensors.numpy.save_file(tensors, part, metadata={"format": "pt"})
-        os.replace(part, path)
+        # The package makes a file for its owner alone; this is one as any other.
+        part.chmod(mode)
+        os.replace(part, target)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def convert_resnet(tensors: dict[str, np.ndarray], name: str) -> dict[str, Any]:
@@ -161,11 +172,21 @@ def to_torch(variables: Any) -> dict[str, np.ndarray]:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """Reads what `load_encoder` takes: torchvision's names, without prefix -> arrays; raises as it says."""
-    if path.is_dir():
-        return to_torch(_part(_read_run(path), "encoder"))
-    if not path.exists():
-        raise ValueError(f"{path}: No such file or folder; give imagenet, {_FORMS}")
-    return _strip_prefix(_read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path))
+    with _readable(path):
+        if path.is_dir():
+            return to_torch(_part(_read_run(path), "encoder"))
+        if not path.exists():
+            raise ValueError(f"{path}: No such file or folder; give imagenet, {_FORMS}")
+    return _strip_prefix(_read_safetensors(path) if path.suffix.lower() == ".safetensors" else read_torch(path))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Within it an OSError becomes a ValueError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{str(path)[:_SHOWN]}: {error.strerror or error}; give {_FORMS} that can be read") from None
 
 
 def _read_run(path: Path) -> Any:
@@ -185,12 +206,15 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             for name in file.keys():  # noqa: SIM118
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in _SAFETENSORS_TYPES:
-                    raise ValueError(f"{path}: its tensor {name!r} is {dtype}: save it as float32")
+                    raise ValueError(f"its tensor {name[:_SHOWN]!r} is {dtype}: save it as float32")
                 tensors[name] = file.get_tensor(name)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}; give the path of a readable .safetensors file") from None
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: it is truncated, damaged or no safetensors file ({error!s:.80})") from None
+        reason = " ".join(str(error).split())[:_SHOWN]
+        raise ValueError(f"{path}: it is truncated, damaged or no safetensors file ({reason})") from None
+    except ValueError as error:  # NumPy's, too, of shapes that cannot be
+        raise ValueError(f"{path}: {error}") from None
     return tensors
 
 

@@ -123,6 +123,8 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         roots = [name[: -len("data.pkl")] for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(roots) != 1 or any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise Refused(f"it is a zip file, but not one of torch.save's; {SAVE_AGAIN}")
+        if len(set(names)) != len(names):
+            raise Refused(f"two of its records have the same name; {DAMAGED}")
         # Stored, not compressed, and not one inside the other: together no larger than the file.
         if sum(record.file_size for record in records) > size:
             raise Refused(f"its records claim to be larger than the file's {size} bytes; {DAMAGED}")
@@ -154,7 +156,7 @@ def _read_legacy(file: mmap.mmap) -> dict[str, np.ndarray]:
         raise Refused(f"its numbers are not little-endian; {SAVE_AGAIN} on another machine")
     top, storages = read_pickle(file)
     keys, _ = read_pickle(file)
-    if type(keys) is not list or not all(type(key) is str for key in keys):
+    if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
         raise Refused(DAMAGED)
     tensors, arrays = _find_tensors(top), {}
     pieces = _cut(tensors)
@@ -172,7 +174,7 @@ def _read_legacy(file: mmap.mmap) -> dict[str, np.ndarray]:
 
 def _find_tensors(top: Any) -> dict[str, Tensor]:
     """Finds the state_dict: what was saved, or its entry `state_dict` or `model`."""
-    for key in ("state_dict", "model"):
+    for key in ("model", "state_dict", "model"):
         if isinstance(top, dict) and isinstance(top.get(key), dict):
             top = top[key]
     if not isinstance(top, dict) or not top:

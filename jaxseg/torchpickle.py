@@ -37,6 +37,8 @@ SAVE_AGAIN = "in PyTorch, write it again with torch.save(model.state_dict(), pat
 _MOST_OPERATIONS = 2_000_000
 # Longer names are cut where an error shows them.
 _SHOWN = 80
+# Longer names are refused: a file could have the same one compared again and again.
+_LONGEST = 1000
 
 # Operations that push what pickletools decodes.
 _LITERALS = {
@@ -171,6 +173,9 @@ class _Reader:
             self.count(len(pairs))
             return _fill({}, (_exactly(2, pair) for pair in pairs))
         if function.name == _TENSOR and isinstance(arguments[0], Storage):
+            # Behind the view, two that loading needs not, and what the tensor is beside its numbers: a sign, say.
+            if any(meaning is not None and meaning != {} for meaning in arguments[6:]):
+                raise Refused("it holds a tensor that is negated or conjugated when read; save its clone() instead")
             return Tensor(*_exactly(4, arguments[:4]))
         if function.name == _PARAMETER and isinstance(arguments[0], Tensor):
             return arguments[0]
@@ -182,6 +187,8 @@ class _Reader:
             raise Refused(DAMAGED)
         tag, kind, key, _, size = pid[:5]
         if tag != "storage" or not isinstance(kind, _Global) or kind.name not in STORAGES or type(size) is not int:
+            raise Refused(DAMAGED)
+        if not 0 <= size < 2**63:
             raise Refused(DAMAGED)
         if pid[5:] not in ((), (None,)):
             raise Refused(f"it holds views of storages, as PyTorch before 0.4 wrote them; {SAVE_AGAIN}")
@@ -207,6 +214,8 @@ def _fill(target: Any, pairs: Any) -> dict:
         # Of larger integers all could have the same hash, and a dict of them would take forever.
         if type(key) is not str and not (type(key) is int and abs(key) < 2**60):
             raise Refused(f"it holds a dict with a key of type {type(key).__name__}; {SAVE_AGAIN}")
+        if type(key) is str and len(key) > _LONGEST:
+            raise Refused(f"its name {shown(key)} has {len(key)} characters; {SAVE_AGAIN}")
         target[key] = value
     return target
 
@@ -218,7 +227,7 @@ def _exactly(number: int, items: Any) -> tuple:
 
 
 def _string(value: Any) -> str:
-    if type(value) is not str:
+    if type(value) is not str or len(value) > _LONGEST:
         raise Refused(DAMAGED)
     return value
 

@@ -129,6 +129,22 @@ def test_a_refusal_of_the_server_is_told(server, tmp_path, status, why):
     assert server.requests == [None]
 
 
+@pytest.mark.parametrize("proxy", ["http://a..b:80", "http://[::1"])
+def test_a_proxy_that_cannot_be_is_told(tmp_path, monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("no_proxy", "")
+    refusal(NAME, "http://127.0.0.1:9/", tmp_path)
+
+
+def test_a_length_that_is_none_is_told(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Handler, "send_header", lambda self, name, value: self.wfile.write(b""))
+    monkeypatch.setattr(
+        Handler, "end_headers", lambda self: self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: abc\r\n\r\n")
+    )
+    monkeypatch.setattr(Handler, "send_response", lambda *_: None)
+    assert "no valid length" in refusal(NAME, server.url, tmp_path)
+
+
 def test_another_files_content_is_refused_and_removed(server, tmp_path):
     server.content = CONTENT[:-1] + b"x"
     digest = hashlib.sha256(server.content).hexdigest()[:8]

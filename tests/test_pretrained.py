@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def random_tensors(variant="resnet18"):
         tree = flat[path[0]]
         for part in path[1:-1]:
             tree = tree.setdefault(part, {})
-        seed = sum(map(ord, "".join(path)))
+        seed = zlib.crc32("/".join(path).encode())
         tree[path[-1]] = np.random.default_rng(seed).random(shape, np.float32)
     return to_torch(flat)
 
@@ -163,6 +164,43 @@ def test_what_is_saved_loads_strictly_into_torchs_network(tmp_path, variant):
             assert tensor.dtype == torch.int64 and tensor.shape == ()
         else:
             np.testing.assert_array_equal(tensor.numpy(), tensors[name])
+
+
+def test_what_is_saved_can_be_read_by_others_and_goes_where_a_link_leads(tmp_path, tensors):
+    variables = convert_resnet(dict(tensors), "resnet18")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
+    before = os.umask(0o027)
+    try:
+        save_torch(variables, tmp_path / "link.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+    assert_equal(load_encoder("resnet18", tmp_path / "link.safetensors"), variables)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a\nb": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {"a": {"dtype": "X\nY", "shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [1] * 101, "data_offsets": [0, 4]}},
+        {"a" * 10**5: {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}},
+    ],
+)
+def test_a_safetensors_file_that_lies_is_named_in_one_line(tmp_path, header):
+    path, text = tmp_path / "a.safetensors", json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    message = refusal(load_encoder, "resnet18", path)
+    assert message.startswith(f"{path}: ") and len(message) < 600
+
+
+@pytest.mark.parametrize("name", ["a" * 5000 + ".pth", "a" * 5000 + ".safetensors"])
+def test_a_path_that_cannot_be_looked_at_is_refused(tmp_path, name):
+    assert "File name too long" in refusal(load_encoder, "resnet18", tmp_path / name)
+    variables = convert_resnet(random_tensors(), "resnet18")
+    assert "File name too long" in refusal(load_model, "resnet18", tmp_path / name, {"params": variables["params"]})
 
 
 def test_only_an_encoder_is_saved(tmp_path, tensors):

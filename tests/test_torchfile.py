@@ -490,6 +490,8 @@ def test_refuses_a_pickle_that_asks_for_more_memory_than_the_file_has(tmp_path, 
 # A tuple in a tuple in a tuple, and a tuple of two that are each the tuple before.
 DEEP = b")" + b"\x85" * 150_000
 DOUBLED = b")" + b"q\x00h\x00\x86" * 40
+LONG = b"X" + struct.pack("<I", 10**6) + b"a" * 10**6
+HUGE = b"\x8b" + struct.pack("<I", 10**6) + b"\x01" * 10**6
 HOSTILE = {
     "a very deep key": b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s.",
     "a deep key": b"\x80\x02}" + DEEP + b"K\x01s.",
@@ -506,9 +508,46 @@ HOSTILE = {
     "a deep frozenset": b"\x80\x04(" + DEEP + b"\x91.",
     "one list for many dicts": b"\x80\x02](" + b"X\x01\x00\x00\x00aK\x01\x86" * 30_000 + b"eq\x00("
     + b"ccollections\nOrderedDict\nh\x00\x85R" * 30_000 + b"t.",
+    "two long names, again and again": b"\x80\x02}(" + LONG + b"q\x00N" + LONG + b"q\x01N"
+    + b"h\x00Nh\x01N" * 200_000 + b"u.",
+    "a long size of a storage, again and again": b"\x80\x02" + b"".join(
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000N" + HUGE + b"tq" + number
+        for number in (b"\x00", b"\x01")
+    ) + b"h\x00Q0h\x01Q0" * 100_000 + b".",
     "keys of one hash": b"\x80\x02}("
     + b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"N" for number in range(150_000)) + b"u.",
 }  # fmt: skip
+
+
+def test_a_legacy_file_cannot_name_a_storage_again_and_again(tmp_path):
+    names = {f"t{i}": tensor(_Storage(0), 0, (0,), (1,)) for i in range(4000)}
+    path = write_legacy(tmp_path / "a.pth", pickled(names), [("0", 0, b"")] * 4000)
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "damaged")
+
+
+def test_refuses_two_records_of_one_name(tmp_path):
+    path = good_file(tmp_path / "a.pth")
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        name = next(name for name in archive.namelist() if "/data/" in name)
+        archive.writestr(name, bytes(archive.getinfo(name).file_size))
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "the same name")
+
+
+@both_formats
+def test_refuses_a_tensor_whose_sign_changes_when_it_is_read(tmp_path, is_zip):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    path, lazy = tmp_path / "a.pth", torch.complex(torch.zeros(4), torch.ones(4)).conj().imag
+    torch.save({"a": lazy}, path, _use_new_zipfile_serialization=is_zip)
+    assert (torch.load(path)["a"] == -1).all()
+    with pytest.raises(ValueError) as error:
+        read_torch(path)
+    assert_one_line(error, path, "negated", "clone()")
+    torch.save({"a": lazy.clone()}, path, _use_new_zipfile_serialization=is_zip)
+    assert (read_torch(path)["a"] == -1).all()
 
 
 def test_a_pickle_cannot_keep_the_reader_busy_or_overflow_its_stack(tmp_path):
