@@ -75,6 +75,8 @@ def check(settings: Settings) -> None:
             raise ValueError(f"--{option.replace('_', '-')} must be above 0, not {getattr(settings, option)}")
     if min(settings.image_size) < 8:
         raise ValueError(f"--image-size must be 8 or more, not {settings.image_size[0]} {settings.image_size[1]}")
+    if settings.model == "improved" and "stage1-cached" in settings.work:
+        raise ValueError("--work stage1-cached is for the baseline: the improved model rotates its images")
     if settings.json and not settings.json.parent.is_dir():
         raise ValueError(f"--json {settings.json}: no folder {settings.json.parent}")
     if settings.profile and settings.profile.exists() and not settings.profile.is_dir():

@@ -83,6 +83,8 @@ def run(settings: Settings) -> None:
     for size, sigma in _gaussians(settings):
         if size > MAX_SIZE:
             raise ValueError(f"the kernel of sigma {sigma:g} would have {size} taps: {MAX_SIZE} are the most")
+    if settings.output.exists() and not settings.output.is_dir():
+        raise ValueError(f"--output {settings.output} is a file: name a folder")
     path = plots.sample_photograph() if settings.image is None else settings.image
     filtered = apply_filters(read_image(path), settings)
     settings.output.mkdir(parents=True, exist_ok=True)

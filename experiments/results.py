@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -54,12 +56,17 @@ def stage_difference(before: np.ndarray, after: np.ndarray, names: tuple[str, ..
 
 
 def write_results(
-    workdir: pathlib.Path, confusions: dict[str, np.ndarray], labels: Labels, boundary_ious: dict[str, np.ndarray]
+    workdir: pathlib.Path,
+    checkpoint_of: dict[str, Any],
+    confusions: dict[str, np.ndarray],
+    labels: Labels,
+    boundary_ious: dict[str, np.ndarray],
 ) -> None:
     """Writes results.json: for each split mean IoU, IoU per class (null where absent) and the confusion matrix.
 
     Args:
       workdir: where.
+      checkpoint_of: the stage and the epoch that they are of.
       confusions: (C, C) of each split.
       labels: the class names.
       boundary_ious: (C,) of each split for which it was computed, written as IoU is.
@@ -70,7 +77,7 @@ def write_results(
             name: None if np.isnan(value) else value for name, value in zip(labels.names, iou.tolist(), strict=True)
         }
 
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {"checkpoint": checkpoint_of}
     for split, confusion in confusions.items():
         results[split] = {
             "mean_iou": metrics.mean_iou(confusion),
@@ -83,8 +90,20 @@ def write_results(
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
-def draw(run: Run, variables: Any, confusion: np.ndarray) -> None:
-    """Draws the figures of a run below `workdir/figures`."""
+def draw(run: Run, variables: Any, confusion: np.ndarray, title: str) -> None:
+    """Draws the figures of a run below `workdir/figures`; the title says what the confusion matrix is of."""
+    with warnings.catch_warnings(record=True) as caught:
+        _draw(run, variables, confusion, title)
+    # Matplotlib warns of every letter, in two lines.
+    missing = [warning for warning in caught if "missing from font" in str(warning.message)]
+    if missing:
+        print("warning: the figures' font lacks letters of the class names: boxes stand for them", file=sys.stderr)
+    for warning in caught:
+        if warning not in missing:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _draw(run: Run, variables: Any, confusion: np.ndarray, title: str) -> None:
     directory = run.settings.workdir / "figures"
     directory.mkdir(exist_ok=True)
     history = []
@@ -95,9 +114,9 @@ def draw(run: Run, variables: Any, confusion: np.ndarray) -> None:
     plots.plot_training(history, directory, first=min(run.stages))
     settings = run.settings
     layers = summary.list_layers(run.model, settings.image_size)
-    title = f"{settings.encoder} and {type(run.model.decoder).__name__}"
-    plots.plot_architecture(layers, settings.image_size, title, directory / "architecture.png")
-    plots.plot_confusion(confusion, run.labels.names, directory / "confusion.png")
+    parts = f"{settings.encoder} and {type(run.model.decoder).__name__}"
+    plots.plot_architecture(layers, settings.image_size, parts, directory / "architecture.png")
+    plots.plot_confusion(confusion, run.labels.names, directory / "confusion.png", title)
     source = run.splits["val"]
     counts = count_classes(source, run.labels.num_classes)
     chosen = plots.choose_examples(counts, min(NUM_PICTURES, len(source)))

@@ -43,8 +43,12 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with processes.silence_others():
-        code = run_in(processes, settings, make_decoder)
+    try:
+        with processes.silence_others():
+            code = run_in(processes, settings, make_decoder)
+    except BrokenPipeError:  # whoever read what is printed has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     return processes.leave(code)
 
 
@@ -63,7 +67,6 @@ def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) 
     written = {"workdir": str(settings.workdir), "boundary_iou": settings.boundary_iou}
     written = json.loads(processes.from_first(json.dumps(written)))
     settings = dataclasses.replace(settings, **{**written, "workdir": pathlib.Path(written["workdir"])})
-    go_on = f"the same command with --workdir {settings.workdir} goes on from the last checkpoint"
     try:
         prepared = prepare_in_turn(processes, settings, make_decoder)
         if settings.summary:
@@ -76,10 +79,14 @@ def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) 
                     stack.enter_context(claim_workdir(settings.workdir, meta))
             try:
                 stopped = execute(prepared, meta)
+            except BrokenPipeError:
+                raise
             except OSError as error:
-                print(f"error: {error}; {go_on}", file=sys.stderr)
+                print(f"error: {error}; {how_to_go_on(settings.workdir)}", file=sys.stderr)
                 return 1
             processes.wait_for_all()
+    except BrokenPipeError:
+        raise
     except (Mistake, UnreadableFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -89,7 +96,7 @@ def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) 
         print(f"error: {error}; the checkpoints in {settings.workdir} are from before it", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; {go_on}", file=sys.stderr)
+        print(f"\nstopped; {how_to_go_on(settings.workdir)}", file=sys.stderr)
         return 130
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
@@ -98,13 +105,21 @@ def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) 
         if processes.number == 1:
             raise
         reason = str(error).splitlines()[0]
-        print(f"error: another process of the run has ended, or cannot be reached ({reason}); {go_on}", file=sys.stderr)
+        lost = f"another process of the run has ended, or cannot be reached ({reason})"
+        print(f"error: {lost}; {how_to_go_on(settings.workdir)}", file=sys.stderr)
         return 1
     if stopped is not None:
         if processes.first:
-            print(f"stopped, and saved; {go_on}", file=sys.stderr)
+            print(f"stopped, and saved; {how_to_go_on(settings.workdir)}", file=sys.stderr)
         return 128 + stopped
     return 0
+
+
+def how_to_go_on(workdir: pathlib.Path) -> str:
+    """What a person can do after a run has ended early."""
+    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        return f"the same command with --workdir {workdir} goes on from the last checkpoint"
+    return "nothing was saved yet: the same command begins anew"
 
 
 def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: MakeDecoder) -> Run:
@@ -158,7 +173,7 @@ def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
     if found:
         raise ValueError(
             f"--workdir {workdir} holds a run that differs: {'; '.join(found)}. Go on with its options, or give another"
-            " --workdir"
+            f" --workdir (and --weights {workdir} --weights-scope all, to begin where it stands)"
         )
 
 
@@ -223,6 +238,9 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
     sizes = ", ".join(f"{len(source)} {name}" for name, source in run.splits.items())
     together = f" in {run.processes.number} processes" if run.processes.number > 1 else ""
     print(f"images: {sizes}; devices: {len(run.devices)} {run.devices[0].device_kind}{together}")
+    number, size = len(run.splits["train"]), run.settings.batch_size
+    if left := number % size:
+        print(f"each epoch trains on {number - left} of the {number} images, batches of {size}; which are left changes")
     for number in (1, 2):
         line = describe(run.stages[number], run.variables["params"]) if number in run.stages else None
         print(line or f"stage {number}: left out (0 epochs)")
@@ -287,8 +305,9 @@ def finish(run: Run, variables: Any, saved: dict[str, Any], evaluate: Callable[[
     if not run.processes.first:
         return
     workdir = run.settings.workdir
-    write_results(workdir, confusions, run.labels, boundary_ious)
-    draw(run, variables, best)
+    checkpoint_of = {"stage": saved["stage_name"], "epoch": saved["epoch"]}
+    write_results(workdir, checkpoint_of, confusions, run.labels, boundary_ious)
+    draw(run, variables, best, f"validation split, {best_epoch}")
     print(f"\neverything is in {workdir}: config.json, metrics.csv, results.json, events/, checkpoints/, figures/")
 
 

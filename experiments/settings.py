@@ -150,7 +150,8 @@ def complete(settings: Settings, name: str) -> Settings:
     """Fills in the recipe and the workdir, and checks every value; raises ValueError as `parse` says."""
     kind, _, directory = settings.dataset.partition(":")
     if (name, kind) not in RECIPES or (kind == "folder") != bool(directory) or settings.dataset.endswith(":"):
-        raise ValueError(f"unknown --dataset {settings.dataset!r}: use shapes or folder:DIR")
+        meant = f"folder:{settings.dataset}" if pathlib.Path(settings.dataset).is_dir() else "folder:DIR"
+        raise ValueError(f"unknown --dataset {settings.dataset!r}: use shapes or {meant}")
     if not settings.weights and (kind != "shapes" or settings.weights is not None):
         raise ValueError(
             "--weights is missing: give imagenet, a .pth, .pt or .safetensors file, the workdir of a run or one of its"

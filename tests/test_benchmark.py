@@ -48,6 +48,7 @@ def test_it_measures_and_writes_what_it_measured(tmp_path, capsys):
     [
         (["--steps", "0"], "--steps"),
         (["--image-size", "4", "32"], "8 or more"),
+        (["--model", "improved", "--work", "stage1-cached"], "for the baseline"),
         (["--json", "no/such/folder.json"], "no/such"),
         (["--profile", __file__], "is a file"),
     ],

@@ -21,6 +21,7 @@ from PIL import Image
 from experiments import baseline, improved
 from experiments import prepare as preparing
 from experiments.prepare import find_data, prepare
+from experiments.run import how_to_go_on
 from experiments.settings import Settings, complete, parse, to_json
 from jaxseg import checkpoint
 from jaxseg.data import loader, shapes
@@ -113,6 +114,7 @@ def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys, compil
         "training_stage_1.png", "training_stage_2.png", "architecture.png", "confusion.png", "results_1.png",
     }  # fmt: skip
     results = json.loads((workdir / "results.json").read_text())
+    assert results["checkpoint"]["stage"].startswith("stage ") and results["checkpoint"]["epoch"] in (1, 2)
     labelled = sum((np.array(Image.open(path)) != 255).sum() for path in (folder / "val" / "seg").iterdir())
     assert np.sum(results["val"]["confusion"]) == labelled
     rows = list(csv.DictReader((workdir / "metrics.csv").read_text().splitlines()))
@@ -276,6 +278,7 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
     [
         (["--dataset", "cityscapes"], "cityscapes"),
         (["--dataset", "shapes:x"], "shapes:x"),
+        (["--dataset", os.curdir], "folder:."),
         (["--dataset", "folder"], "folder:DIR"),
         (["--dataset", "folder:", "--weights", "none"], "folder:DIR"),
         (["--dataset", "folder:x"], "--weights"),
@@ -416,3 +419,28 @@ def test_a_platform_that_is_not_there_is_said_in_one_line(folder, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "error: JAX finds no device of JAX_PLATFORMS=nowhere" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_read_by_head_is_no_error(folder, tmp_path):
+    command = [sys.executable, "-m", "experiments.improved", *arguments(folder, tmp_path / "run"), "--summary"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert "Broken pipe" not in said and "Traceback" not in said and process.returncode in (0, 1)
+
+
+def test_images_that_fill_no_batch_are_told_of_and_missing_letters_in_one_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preparing, "ResNet", small_run.SmallEncoder)
+    (folder / "classes.txt").write_text("dark\n日本\n")
+    options = ["--batch-size", "3", "--epochs", "0", "1"]
+    monkeypatch.setattr("jaxseg.train.all_devices", lambda: jax.devices()[:1])
+    assert small_run.main([*arguments(folder, tmp_path / "run"), *options]) == 0
+    out, err = capsys.readouterr()
+    assert "each epoch trains on 6 of the 8 images, batches of 3" in out
+    assert "the figures' font lacks letters" in err and "Glyph" not in err
+
+
+def test_a_run_that_saved_nothing_is_not_said_to_go_on(tmp_path):
+    assert "begins anew" in how_to_go_on(tmp_path)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    assert f"--workdir {tmp_path} goes on" in how_to_go_on(tmp_path)

@@ -310,3 +310,10 @@ def test_a_grey_label_of_four_bits_is_refused(tmp_path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
     with pytest.raises(ValueError, match="fewer than 8 bits"):
         folder.read_label(path)
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError) as error:
+        folder.open_folder("~/pictures", 2)
+    assert str(error.value).startswith(f"{tmp_path}/pictures: no such folder")

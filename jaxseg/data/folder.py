@@ -111,7 +111,8 @@ def open_folder(
     Raises:
       ValueError: something is missing, ambiguous or does not fit; the message names it and the remedy.
     """
-    root = pathlib.Path(root)
+    # A shell leaves the ~ of folder:~/pictures to us.
+    root = pathlib.Path(os.path.expanduser(root))
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; expected a folder with {_LAYOUT} in it")
     labels = _open_classes(root, num_classes)
@@ -301,7 +302,7 @@ def _open(path: str | os.PathLike, formats: Sequence[str]) -> Image.Image:
 
 
 def _unreadable(path: str | os.PathLike, error: Exception) -> UnreadableFileError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return UnreadableFileError(f"{path}: cannot be read ({reason}); replace or remove it")
 
 

@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             result = f"loss {loss:.4f}  val mean_iou {score:.4f}  {seconds:.1f} s, training {trained:.1f} s"
             print(f"epoch {epoch}/{stage.epochs}  {result}", flush=True)
             if best is None or score > metrics.mean_iou(best):
-                best = confusion
+                best, best_epoch = confusion, {"stage": stage.name, "epoch": epoch}
                 best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(best_state)
     results = {"val": best}
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     for split, confusion in results.items():
         print(f"\n{split} split, best epoch:")
         print_table(confusion, prepared.labels)
-    write_results(workdir, results, prepared.labels, {})
+    write_results(workdir, best_epoch, results, prepared.labels, {})
     return 0
 
 
