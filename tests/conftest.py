@@ -7,14 +7,17 @@ import tempfile
 
 # All must be set before jax is first imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-# The older emitters compile in half the time what then takes a fifth longer; jax 0.10 to 0.12 have both.
+# Most programs run a few times here: compiling them takes longer. The older emitters, which jax 0.10 to 0.12 have, and
+# no optimisation take a quarter of the time; a test that trains for long calls for it (`optimised`).
 os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What one test compiled, the others and their subprocesses need not compile again; the workers inherit the folder.
 COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="jaxseg-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from experiments.memory import keep_freed_memory  # noqa: E402
@@ -22,6 +25,14 @@ from experiments.memory import keep_freed_memory  # noqa: E402
 keep_freed_memory()
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def optimised():
+    """Programs are optimised, as a user's are."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 
 
 @pytest.fixture(scope="session")

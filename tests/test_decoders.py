@@ -8,7 +8,6 @@ from flax import linen as nn
 
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder, start_at_prior
 from jaxseg.layers import conv_transpose
-from tests.quick import jit
 
 COUNTS = np.array([899, 0, 99])
 # Two layers show what five would, and compile sooner.
@@ -19,7 +18,7 @@ KEYS = jax.random.split(jax.random.key(5), 4)
 @pytest.fixture(scope="module")
 def decoder():
     model = BaselineDecoder(num_classes=3, widths=(8, 8, 4, 4, 4))
-    return model, jit(model.init)(jax.random.key(0), jnp.zeros((1, 1, 1, 8)))["params"]
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1, 1, 8)))["params"]
 
 
 def test_without_features_the_first_guess_is_the_frequencies(decoder):
@@ -49,7 +48,7 @@ def test_what_all_inputs_share_does_not_pass(decoder):
 def test_the_variance_survives_the_layers():
     model = BaselineDecoder(num_classes=3)
     x = nn.relu(jax.random.normal(jax.random.key(0), (2, 8, 8, 512)))
-    params = start_at_prior(jit(model.init)(jax.random.key(1), x[:, :1, :1])["params"], COUNTS)
+    params = start_at_prior(jax.jit(model.init)(jax.random.key(1), x[:, :1, :1])["params"], COUNTS)
     for layer in range(1, 6):
         y = conv_transpose(x, params[f"conv_transpose{layer}"]["kernel"])
         inner = y[:, 2:-2, 2:-2]

@@ -54,9 +54,7 @@ def start(module, argvs):
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     number = len(argvs)
-    # Unoptimised, most of the time would else go into compiling.
-    flags = f"--xla_force_host_platform_device_count={4 // number} --xla_backend_optimization_level=0"
-    flags += " --xla_cpu_use_fusion_emitters=false"
+    flags = f"--xla_force_host_platform_device_count={4 // number} --xla_cpu_use_fusion_emitters=false"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     processes = []
     for index, argv in enumerate(argvs):

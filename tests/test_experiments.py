@@ -86,9 +86,6 @@ def compiled():
 def shallow_resnet18(monkeypatch):
     """A ResNet-18 with one block in each group: its five programs compile in half the time."""
     monkeypatch.setitem(VARIANTS, "resnet18", (BasicBlock, (1, 1, 1, 1)))
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_run_leaves_everything_in_its_workdir(folder, tmp_path, capsys, compiled, shallow_resnet18):
@@ -140,9 +137,6 @@ def shallow_resnet50(monkeypatch):
     monkeypatch.setitem(VARIANTS, "resnet50", (Bottleneck, (1, 1, 1, 1)))
     monkeypatch.setattr("experiments.run.draw", lambda *_: None)
     monkeypatch.setattr("jaxseg.train.all_devices", lambda: jax.devices()[:1])
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_resnet_50_trains(folder, tmp_path, capsys, shallow_resnet50):

@@ -11,7 +11,6 @@ from experiments.settings import Settings
 from jaxseg.pretrained import convert_resnet, encoder_shapes, load_encoder, to_torch
 from jaxseg.resnet import VARIANTS, ResNet
 from jaxseg.segmenter import normalise
-from tests.quick import jit
 
 NEEDS_TORCH = "needs torch==2.13.0 (CPU build)"
 # torchvision's documentation: parameters with the classifier, and the features before it.
@@ -69,7 +68,7 @@ def test_inference_equals_pytorchs_at_every_stride(torch, variant):
     with torch.inference_mode():
         expected = twin(torch.from_numpy(image).permute(0, 3, 1, 2))
     variables = convert_resnet(tensors, variant)
-    features = jit(ResNet(variant).apply)(variables, image)
+    features = jax.jit(ResNet(variant).apply)(variables, image)
     assert features.keys() == expected.keys() == {2, 4, 8, 16, 32}
     for stride, value in features.items():
         assert relative_error(value, expected[stride]) <= 1e-4, stride
@@ -109,7 +108,7 @@ def trained(torch, request):
 
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), convert_resnet(tensors, variant))
-        grad_fn = jit(jax.grad(loss_fn, has_aux=True))
+        grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
         arguments = variables["params"], variables["batch_stats"]
         grads, (features, stats) = grad_fn(*arguments)
         ours = to_torch({"params": grads}) | to_torch({"batch_stats": stats})
@@ -128,13 +127,13 @@ def test_training_outputs_equal_pytorchs(trained):
 def test_batch_statistics_are_those_of_all_devices():
     model = ResNet(axis_name="batch")
     image = np.stack([random_image(40, 56)[0] * (index + 1) / 4 for index in range(4)])
-    variables = jit(model.init)(jax.random.key(0), image[:1])
+    variables = jax.jit(model.init)(jax.random.key(0), image[:1])
 
     def features_of(parts):
         apply = jax.vmap(
             lambda part: model.apply(variables, part, train=True, mutable="batch_stats"), axis_name="batch"
         )
-        return jit(apply)(image.reshape(parts, -1, *image.shape[1:]))
+        return jax.jit(apply)(image.reshape(parts, -1, *image.shape[1:]))
 
     (one, one_stats), (four, four_stats) = features_of(1), features_of(4)
 

@@ -10,7 +10,6 @@ from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter, normalise
-from tests.quick import jit
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def test_logits_equal_pytorchs(model, variables, twin, size):
     import torch
 
     image, _ = random_batch(*size)
-    logits = jit(model.apply)(variables, image)
+    logits = jax.jit(model.apply)(variables, image)
     twin.eval()
     with torch.inference_mode():
         expected = twin(torch.from_numpy(image)).permute(0, 2, 3, 1).numpy()
@@ -86,7 +85,7 @@ def test_training_loss_and_gradients_equal_pytorchs(model, variables, twin):
         logits, updates = model.apply({**variables, "params": params}, image, train=True, mutable=["batch_stats"])
         return pixel_cross_entropy(logits, label), updates["batch_stats"]
 
-    (loss, stats), grads = jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
+    (loss, stats), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
     twin.train()
     expected = torch.nn.functional.cross_entropy(
         twin(torch.from_numpy(image)), torch.from_numpy(label).long(), ignore_index=255
@@ -114,7 +113,7 @@ def test_frozen_encoder_has_no_gradient_and_keeps_its_statistics(model, variable
         )
         return pixel_cross_entropy(logits, label), updates["batch_stats"]
 
-    (_, stats), grads = jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
+    (_, stats), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["encoder"]))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["decoder"]))
@@ -131,9 +130,9 @@ class TinyEncoder(nn.Module):
 def test_the_improved_decoder_drops_by_the_keys_that_the_segmenter_is_given():
     model = Segmenter(TinyEncoder(), ImprovedDecoder(5, widths=(4, 4, 4, 4, 4), dropout_rate=0.5))
     image, _ = random_batch(32, 40)
-    variables = jit(model.init)(jax.random.key(0), image)
+    variables = jax.jit(model.init)(jax.random.key(0), image)
 
-    @jit
+    @jax.jit
     def train(keys):
         return model.apply(variables, image, train=True, freeze_encoder=True, keys=keys, mutable=["batch_stats"])
 
@@ -152,7 +151,7 @@ def test_the_improved_decoder_drops_by_the_keys_that_the_segmenter_is_given():
 
 def test_encoding_and_decoding_is_the_whole(model, variables):
     image, _ = random_batch(37, 70)
-    features = jit(lambda x: model.apply(variables, x, method="encode"))(image)
+    features = jax.jit(lambda x: model.apply(variables, x, method="encode"))(image)
     assert features.shape == (2, 2, 3, 512)
-    logits = jit(lambda x: model.apply(variables, x, (37, 70), method="decode"))(features)
-    np.testing.assert_allclose(logits, jit(model.apply)(variables, image), rtol=1e-4, atol=1e-4)
+    logits = jax.jit(lambda x: model.apply(variables, x, (37, 70), method="decode"))(features)
+    np.testing.assert_allclose(logits, jax.jit(model.apply)(variables, image), rtol=1e-4, atol=1e-4)

@@ -15,7 +15,6 @@ from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.optimizer import make_optimizer
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
-from tests.quick import jit
 
 NUM_CLASSES = 3
 
@@ -38,7 +37,7 @@ KEY = jax.random.key(5)
 
 @pytest.fixture(scope="module")
 def variables():
-    return jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
 
 
 def make_batch(seed, number=8, size=(32, 64), label_size=None):
@@ -87,11 +86,11 @@ IMPROVED = Segmenter(
 
 @pytest.fixture(scope="module")
 def improved_variables():
-    return jit(IMPROVED.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    return jax.jit(IMPROVED.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3), jnp.uint8))
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_the_improved_model_is_the_same_on_one_two_and_four_devices(improved_variables, freeze):
+def test_the_improved_model_is_the_same_on_one_two_and_four_devices(improved_variables, freeze, optimised):
     options = {"steps": 20, "model": IMPROVED, "max_degrees": 30.0, "learning_rate": 3e-4}
     one, one_losses = take_steps(improved_variables, freeze, DEVICES[:1], **options)
     for number in (2, 4):
@@ -109,7 +108,6 @@ def test_the_keys_of_a_batch_differ_by_image_and_by_step():
 
 
 def test_rotation_and_dropout_follow_the_key(improved_variables):
-    # The same rate as in the test above, so that the step of one device is compiled already.
     tx = make_optimizer(3e-4, True)
     (batch,) = train.batches_on_devices([make_batch(0)], DEVICES[:1])
 
@@ -172,7 +170,7 @@ def test_stage_one_spends_no_time_on_the_encoders_backward_pass():
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
 
     def flops(step, *args):
-        return jit(step).lower(*args).compile().cost_analysis()["flops"]
+        return jax.jit(step).lower(*args).compile().cost_analysis()["flops"]
 
     def step_flops(freeze):
         tx = make_optimizer(1e-3, freeze)
