@@ -168,7 +168,8 @@ def train_one_stage(
         return stop.poll(due=time.perf_counter() - saved > 60 * settings.save_minutes)
 
     place = progress.epoch, progress.updates
-    features = compute_features(run, number, variables, stop)
+    # A run that was stopped between the stages has nothing more to do in the first.
+    features = compute_features(run, number, variables, stop) if progress.epoch <= stage.epochs else None
     if stop.signal is not None:
         if log and not records.manager.all_steps():
             progress = _save(records, stage, train.Halfway(*place, state), progress)

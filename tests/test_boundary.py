@@ -1,13 +1,12 @@
 """Boundary IoU against erosion class by class, as the paper's public code does it."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from scipy import ndimage
 
 from jaxseg import boundary, metrics, train
+from tests.peers.given_logits import GivenLogits
 
 NUM_CLASSES = 4
 
@@ -150,14 +149,6 @@ def test_the_width_is_the_public_codes():
         assert boundary.boundary_width(np.array([height, width])) == expected
     np.testing.assert_array_equal(boundary.boundary_width(np.array(sizes)), [1, 1, 2, 2, 4, 12, 12, 101])
     assert boundary.boundary_width(np.array([300, 400]), share=0.005) == 2
-
-
-class GivenLogits(nn.Module):
-    """Takes the image's own values for the logits of three classes."""
-
-    @nn.compact
-    def __call__(self, image):
-        return image.astype(jnp.float32)
 
 
 def test_an_evaluation_sums_each_image_with_its_own_width_on_any_number_of_devices():

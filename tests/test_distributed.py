@@ -13,7 +13,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments import prepare
 from experiments.processes import ALONE, Agreement
@@ -29,17 +28,8 @@ TOGETHER = ("--coordinator", "--num-processes", "--process-id")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Eighty pictures to train on, ten updates an epoch, the later ones ignored in part; five to validate on."""
-    root, rng = tmp_path_factory.mktemp("distributed") / "data", np.random.default_rng(0)
-    for split, number in (("train", 80), ("val", 5), ("test", 2)):
-        for part in ("img", "seg"):
-            (root / split / part).mkdir(parents=True)
-        for index in range(number):
-            label = rng.integers(0, 2, (32, 32), dtype=np.uint8)
-            image = np.repeat(label[..., None] * 100, 3, -1) + rng.integers(0, 100, (32, 32, 3), dtype=np.uint8)
-            label[rng.random(label.shape) < index / number] = 255
-            Image.fromarray(image).save(root / split / "img" / f"{index}.png")
-            Image.fromarray(label).save(root / split / "seg" / f"{index}.png")
-    return root
+    root = tmp_path_factory.mktemp("distributed") / "data"
+    return small_run.write_folder(root, {"train": 80, "val": 5, "test": 2}, ignored=lambda index: index / 80)
 
 
 def arguments(folder, workdir):

@@ -5,7 +5,6 @@ import tempfile
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments import features
 from experiments import prepare as preparing
@@ -19,17 +18,9 @@ from tests.peers import small_run
 @pytest.fixture
 def folder(tmp_path):
     """Nine pictures to train on, of several sizes, and two to validate on."""
-    root, rng = tmp_path / "data", np.random.default_rng(0)
-    for split, number in (("train", 9), ("val", 2)):
-        for part in ("img", "seg"):
-            (root / split / part).mkdir(parents=True)
-        for index in range(number):
-            shape = (40, 50 + 10 * (index % 3))
-            label = rng.integers(0, 2, shape, dtype=np.uint8)
-            image = np.repeat(label[..., None] * 100, 3, -1) + rng.integers(0, 100, (*shape, 3), dtype=np.uint8)
-            Image.fromarray(image).save(root / split / "img" / f"{index}.png")
-            Image.fromarray(label).save(root / split / "seg" / f"{index}.png")
-    return root
+    return small_run.write_folder(
+        tmp_path / "data", {"train": 9, "val": 2}, shape=lambda index: (40, 50 + 10 * (index % 3))
+    )
 
 
 def arguments(folder, workdir, *more):
@@ -92,6 +83,15 @@ def test_a_full_disk_costs_time_only(prepared, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     assert compute(prepared()) is None
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_stage_that_is_over_computes_none(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preparing, "ResNet", small_run.SmallEncoder)
+    argv = [*arguments(folder, tmp_path / "whole"), "--epochs", "2", "0"]
+    assert small_run.main(argv) == 0 and "are computed once" in capsys.readouterr().out
+    assert small_run.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "which is over" in out and "are computed once" not in out
 
 
 def test_it_can_be_stopped(prepared):

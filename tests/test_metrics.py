@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from jaxseg import metrics, train
+from tests.peers.given_logits import GivenLogits
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -58,14 +58,6 @@ def test_splitting_the_images_does_not_change_the_sum(seed):
     # What is padded with ignored pixels counts the same.
     padded = [np.pad(x, ((0, 2), (0, 3), (0, 5)), constant_values=255) for x in (label, prediction)]
     np.testing.assert_array_equal(whole, metrics.confusion_matrix(*padded, 3))
-
-
-class GivenLogits(nn.Module):
-    """Takes the image's own values for the logits of three classes."""
-
-    @nn.compact
-    def __call__(self, image):
-        return image.astype(jnp.float32)
 
 
 def test_given_logits_count_the_same_on_any_number_of_devices():

@@ -10,7 +10,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments import baseline, prepare
 from experiments.settings import Settings, complete, to_json
@@ -23,16 +22,7 @@ DEADLINE = 300  # seconds, for a process to come as far as it is waited for
 @pytest.fixture
 def folder(tmp_path):
     """Eight pictures to train on, two updates an epoch, and three to validate on."""
-    root, rng = tmp_path / "data", np.random.default_rng(0)
-    for split, number in (("train", 8), ("val", 3)):
-        for part in ("img", "seg"):
-            (root / split / part).mkdir(parents=True)
-        for index in range(number):
-            label = rng.integers(0, 2, (32, 32), dtype=np.uint8)
-            image = np.repeat(label[..., None] * 100, 3, -1) + rng.integers(0, 100, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(image).save(root / split / "img" / f"{index}.png")
-            Image.fromarray(label).save(root / split / "seg" / f"{index}.png")
-    return root
+    return small_run.write_folder(tmp_path / "data", {"train": 8, "val": 3})
 
 
 def arguments(folder, workdir, *more):

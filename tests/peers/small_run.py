@@ -4,7 +4,9 @@ import csv
 import json
 import sys
 
+import numpy as np
 from flax import linen as nn
+from PIL import Image
 
 from experiments import prepare
 from experiments.run import run
@@ -29,6 +31,28 @@ class SmallEncoder(nn.Module):
 
 def make_decoder(num_classes, rate):
     return ImprovedDecoder(num_classes, widths=(8, 8, 8, 8, 8), dropout_rate=rate, axis_name=AXIS)
+
+
+def write_folder(root, numbers, shape=lambda index: (32, 32), ignored=lambda index: 0.0):
+    """Writes a data set of two classes, which differ in brightness, for `--dataset folder:ROOT`; returns its root.
+
+    Args:
+      root: where; made.
+      numbers: split -> images.
+      shape: place in the split -> (height, width).
+      ignored: place in the split -> the share of its pixels that is 255.
+    """
+    rng = np.random.default_rng(0)
+    for split, number in numbers.items():
+        for part in ("img", "seg"):
+            (root / split / part).mkdir(parents=True)
+        for index in range(number):
+            label = rng.integers(0, 2, shape(index), dtype=np.uint8)
+            image = np.repeat(label[..., None] * 100, 3, -1) + rng.integers(0, 100, (*label.shape, 3), dtype=np.uint8)
+            label[rng.random(label.shape) < ignored(index)] = 255
+            Image.fromarray(image).save(root / split / "img" / f"{index}.png")
+            Image.fromarray(label).save(root / split / "seg" / f"{index}.png")
+    return root
 
 
 def rows(workdir):
