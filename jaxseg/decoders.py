@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxseg.layers import ConvTranspose, dropout
+from jaxseg.layers import Conv, ConvTranspose, dropout
 
 
 class BaselineDecoder(nn.Module):
@@ -34,7 +34,7 @@ class BaselineDecoder(nn.Module):
         """
         for layer, width in enumerate(self.widths):
             x = nn.relu(ConvTranspose(width, dtype=self.dtype, name=f"conv_transpose{layer + 1}")(x))
-        return nn.Conv(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x.astype(jnp.float32))
+        return Conv(self.num_classes, (1, 1), use_bias=True, name="head")(x.astype(jnp.float32))
 
 
 class ImprovedDecoder(nn.Module):
@@ -84,7 +84,7 @@ class ImprovedDecoder(nn.Module):
         x = x.astype(jnp.float32)
         if train and keys is not None and self.dropout_rate:
             x = dropout(x, keys, self.dropout_rate)
-        return nn.Conv(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x)
+        return Conv(self.num_classes, (1, 1), use_bias=True, name="head")(x)
 
 
 def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:

@@ -164,7 +164,8 @@ def train_step(
         return pixel_cross_entropy(logits, label, axis_name=axis_name), updates["batch_stats"]
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    if axis_name is not None:
+    # The mean over a single device is a copy of all gradients.
+    if axis_name is not None and jax.lax.psum(1, axis_name) > 1:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

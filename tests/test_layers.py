@@ -51,7 +51,8 @@ def rectified_integers(seed, shape):
     return np.maximum(np.random.default_rng(seed).integers(-3, 3, shape), 0).astype(np.float32)
 
 
-# (N, H, W, C, KH, KW, strides, padding); 16 channels and more take the products, fewer XLA's own gradient.
+# (N, H, W, C, KH, KW, strides, padding), for 5 features. The gradients have a form for a stride, one for many channels
+# and one for few pixels.
 CONVOLUTIONS = [
     (2, 13, 16, 3, 7, 7, 2, 3),
     (2, 9, 7, 16, 7, 7, 1, 3),
@@ -63,8 +64,13 @@ CONVOLUTIONS = [
     (1, 1, 2, 16, 3, 3, 1, 1),
     (2, 2, 3, 16, 3, 3, 1, 1),
     (2, 9, 2, 16, 3, 3, 2, 1),
+    (2, 4, 3, 256, 3, 3, 1, 1),
+    (2, 4, 3, 257, 3, 3, 1, 1),
+    (1, 2, 2, 257, 3, 3, 1, 1),
+    (1, 3, 4, 300, 3, 3, 2, 1),
     (2, 2, 3, 4, 7, 7, 2, 3),
     (2, 6, 5, 16, 1, 1, 1, 0),
+    (2, 3, 2, 300, 1, 1, 1, 0),
     (2, 6, 5, 16, 1, 1, 2, 0),
     (2, 5, 6, 1, 1, 1, 2, 0),
     (1, 6, 7, 16, 3, 1, 1, 0),
@@ -152,15 +158,23 @@ def test_conv_keeps_bfloat16_and_its_precision():
         assert_close(got, numpy_conv(np.asarray(x), np.asarray(kernel), strides, 1), 2**-6)
 
 
-@pytest.mark.parametrize("strides", [1, 2])
-def test_conv_has_products_on_cpu_and_convolutions_on_gpu(strides):
+@pytest.mark.parametrize(
+    ("layer", "shape", "size", "products"),
+    [
+        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 16), (3, 3), 1),  # of the kernel only
+        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 256), (3, 3), 2),
+        (functools.partial(conv, strides=2, padding=1), (1, 4, 4, 16), (3, 3), 2),
+        (conv_transpose, (1, 4, 4, 16), (4, 4), 1),
+    ],
+)
+def test_gradients_are_products_on_cpu_and_convolutions_on_gpu(layer, shape, size, products):
     @jax.jit
-    def kernel_gradient(x, kernel):
-        return jax.grad(lambda kernel: conv(x, kernel, strides, 1).sum())(kernel)
+    def gradients(x, kernel):
+        return jax.grad(lambda x, kernel: layer(x, kernel).sum(), (0, 1))(x, kernel)
 
-    traced = kernel_gradient.trace(jnp.zeros((1, 4, 4, 16)), jnp.zeros((3, 3, 16, 4)))
+    traced = gradients.trace(jnp.zeros(shape), jnp.zeros((*size, shape[-1], 4)))
     count = {p: traced.lower(lowering_platforms=(p,)).as_text().count("stablehlo.dot_general") for p in ("cpu", "cuda")}
-    assert count == {"cpu": 1 if strides == 1 else 9, "cuda": 0}
+    assert count == {"cpu": products, "cuda": 0}
 
 
 def test_conv_module_equals_flax_with_the_same_parameters():
