@@ -14,6 +14,7 @@ from experiments.prepare import Run, count_classes
 from jaxseg import metrics, plots, summary, train
 from jaxseg.data import loader
 from jaxseg.data.labels import Labels
+from jaxseg.files import replacing
 from jaxseg.log import read_metrics
 
 NUM_PICTURES = 12
@@ -87,7 +88,8 @@ def write_results(
             results[split]["mean_boundary_iou"] = metrics.mean_over_classes(boundary_ious[split])
             results[split]["boundary_iou"] = by_name(boundary_ious[split])
         results[split]["confusion"] = confusion.tolist()
-    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with replacing(workdir / "results.json") as new:
+        new.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def draw(run: Run, variables: Any, confusion: np.ndarray, title: str) -> None:

@@ -20,10 +20,11 @@ from experiments.processes import Agreement, Mistake, Processes, start
 from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, differences, to_json
 from experiments.stages import Records, resume, share_resumed, train_stages
-from experiments.stop import Stop, catch_signals
+from experiments.stop import Stop, Terminated, catch_signals, interrupted_by_sigterm
 from jaxseg import boundary, checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
 from jaxseg.data.folder import UnreadableFileError
+from jaxseg.files import replacing
 from jaxseg.log import MetricsLog
 
 
@@ -44,7 +45,7 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        with processes.silence_others():
+        with processes.silence_others(), interrupted_by_sigterm():
             code = run_in(processes, settings, make_decoder)
     except BrokenPipeError:  # whoever read what is printed has enough of it, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,9 +96,9 @@ def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) 
             raise  # the traceback is what was asked for
         print(f"error: {error}; the checkpoints in {settings.workdir} are from before it", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signal:
         print(f"\nstopped; {how_to_go_on(settings.workdir)}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(signal, Terminated) else 130
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             print(f"error: not enough memory: give a smaller --batch-size or --image-size ({error})", file=sys.stderr)
@@ -198,9 +199,8 @@ def claim_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> Iterator[None]
     # Once more: the data is known only now, and another run may have taken the folder meanwhile.
     check_workdir(workdir, meta)
     if not config.exists():
-        new = config.with_suffix(".json.tmp")
-        new.write_text(json.dumps(meta, indent=2) + "\n")
-        new.replace(config)
+        with replacing(config) as new:
+            new.write_text(json.dumps(meta, indent=2) + "\n")
     with open(config) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,14 +251,14 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
                 if processes.first:
                     manager = checkpoints.enter_context(checkpoint.open_checkpoints(workdir / "checkpoints"))
                     resumed = resume(run, manager)
-                    rows, step = 0, 0
+                    rows, step, checksum = 0, 0, None
                     if resumed:
                         state, progress = resumed
-                        rows, step = progress.rows, int(state.step)
+                        rows, step, checksum = progress.rows, int(state.step), progress.checksum
                         over = progress.epoch > run.stages[progress.stage].epochs
                         place = "which is over" if over else f"epoch {progress.epoch}"
                         print(f"going on after {step} updates: stage {progress.stage}, {place}")
-                    log = logs.enter_context(MetricsLog(workdir, run.labels.num_classes, rows, step))
+                    log = logs.enter_context(open_log(run, rows, step, checksum))
             resumed = share_resumed(run, resumed)
             agreement = Agreement(run.devices) if processes.number > 1 else None
             stop = logs.enter_context(catch_signals(agreement))
@@ -279,6 +279,16 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
         evaluate = make_evaluate(run, stop, boundary=True)
     finish(run, processes.arrays_from_first(variables), saved, evaluate)
     return None
+
+
+def open_log(run: Run, rows: int, step: int, checksum: int | None) -> MetricsLog:
+    """As `MetricsLog`; says what else a person can do where the rows that a checkpoint counts on are gone."""
+    workdir = run.settings.workdir
+    try:
+        return MetricsLog(workdir, run.labels.num_classes, rows, step, checksum)
+    except ValueError as error:
+        other = f"begin where it stands in another --workdir with --weights {workdir} --weights-scope all"
+        raise ValueError(f"{error}, or {other}") from error
 
 
 def finish(run: Run, variables: Any, saved: dict[str, Any], evaluate: Callable[[Any, str], np.ndarray]) -> None:

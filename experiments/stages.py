@@ -1,5 +1,6 @@
 """Training stage after stage, with all that lets a run that was stopped go on where it was."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -22,7 +23,7 @@ from jaxseg.data import loader
 from jaxseg.log import MetricsLog, read_metrics
 
 # How many images a message names.
-_SHOWN = 8
+_SHOWN = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Progress:
       updates: how many of that epoch's updates are made.
       seconds: spent on that epoch.
       rows: in metrics.csv.
+      checksum: of those rows; None where an older version saved it.
       last: the (C, C) confusion matrix of the last validated epoch, as nested lists, or None.
       before: that of the last epoch of the stage before, or None.
     """
@@ -44,6 +46,7 @@ class Progress:
     updates: int = 0
     seconds: float = 0.0
     rows: int = 0
+    checksum: int | None = None
     last: list[list[int]] | None = None
     before: list[list[int]] | None = None
 
@@ -71,17 +74,18 @@ def resume(run: Run, manager: Any) -> tuple[train.TrainState, Progress] | None:
     Every checkpoint is read, so that a damaged one is found now and not when the run is over; it is renamed.
 
     Raises:
-      ValueError: there are checkpoints, and all are damaged.
+      ValueError: there are checkpoints, or there were, and all are damaged.
+      OSError: one cannot be read, or a damaged one not be renamed.
     """
-    restored, numbers = None, sorted(manager.all_steps())
-    for number in numbers:
+    restored = None
+    for number in sorted(manager.all_steps()):
         try:
             progress = Progress(**checkpoint.read_meta(manager, number)["progress"])
             restored = checkpoint.restore_state(manager, number, _first_state(run, progress.stage)), progress
         except ValueError as error:
-            aside = checkpoint.set_aside(manager, number)
+            aside = checkpoint.set_aside(manager, number, str(error))
             print(f"warning: {error}; it is now called {aside.name}, and not used", file=sys.stderr)
-    if numbers and restored is None:
+    if restored is None and checkpoint.list_set_aside(manager.directory):
         raise ValueError(f"no checkpoint in {manager.directory} can be read: start anew with another --workdir")
     return restored
 
@@ -124,7 +128,7 @@ def train_stages(
         if number < progress.stage:
             continue
         if number > progress.stage:
-            state, progress = None, Progress(number, rows=progress.rows, before=progress.last)
+            state, progress = None, Progress(number, before=progress.last)
         tx, _ = _make_optimizer(run, number)
         if state is None:
             state = train.start_stage(variables, tx, run.devices, step)
@@ -179,11 +183,13 @@ def train_one_stage(
     events = train.run_stage(
         model, tx, state, stage, key, batches, steps, evaluate, run.devices, start=place, wants_state=wants_state
     )
+    last_update = None
     images = {"total": stage.epochs * steps * settings.batch_size, "initial": done * settings.batch_size}
     with tqdm(**images, desc=stage.name, unit="img", disable=None if log else True, smoothing=0.1) as bar:
-        for event in _explained(events, run, stage, first_step, rates):
+        for event in _explain(events, run, stage, first_step, rates):
             if isinstance(event, train.StepDone):
                 losses.append(event.loss)
+                last_update = event
                 if log:
                     log.step(number, event.epoch, event.step, event.loss, float(rates[event.step - 1 - first_step]))
                 bar.update(settings.batch_size)
@@ -201,7 +207,8 @@ def train_one_stage(
                 place = {"epoch": event.epoch, "updates": event.updates, "seconds": seconds}
                 progress = dataclasses.replace(progress, **place)
             if log:
-                progress = _save(records, stage, event, progress)
+                with _explained(run, stage, first_step, rates, last_update):
+                    progress = _save(records, stage, event, progress)
             saved = time.perf_counter()
             if stop.settle():
                 break
@@ -259,22 +266,41 @@ def _tell_epoch(
 def _save(records: Records, stage: train.Stage, event: train.EpochDone | train.Halfway, progress: Progress) -> Progress:
     """Saves a checkpoint, once the log's rows are on the disk; returns the progress with their number."""
     records.log.flush()
-    progress = dataclasses.replace(progress, rows=records.log.rows)
+    progress = dataclasses.replace(progress, rows=records.log.rows, checksum=records.log.checksum)
     meta = {"stage_name": stage.name, "epoch": event.epoch, "progress": dataclasses.asdict(progress)}
     checkpoint.save(records.manager, event.state, getattr(event, "mean_iou", None), {**records.meta, **meta})
     return progress
 
 
-def _explained(
+def _explain(
     events: Iterator, run: Run, stage: train.Stage, first_step: int, rates: np.ndarray
 ) -> Iterator[train.StepDone | train.EpochDone | train.Halfway]:
     """Passes the events on; says of a loss that is not finite what a person needs to look for the cause."""
     try:
         yield from events
     except train.NonFiniteLossError as error:
-        names = [run.splits["train"][int(index)]["name"] for index in error.index[:_SHOWN]]
-        more = ", ..." if len(error.index) > _SHOWN else ""
+        with _explained(run, stage, first_step, rates, error):
+            raise
+
+
+@contextlib.contextmanager
+def _explained(
+    run: Run,
+    stage: train.Stage,
+    first_step: int,
+    rates: np.ndarray,
+    update: train.StepDone | train.NonFiniteLossError | None,
+) -> Iterator[None]:
+    """Adds the learning rate and the images of an update to what a FloatingPointError within says."""
+    try:
+        yield
+    except FloatingPointError as error:
+        if update is None:
+            raise
+        index = () if update.index is None else update.index
+        names = [run.splits["train"][int(place)]["name"] for place in index[:_SHOWN]]
+        more = ", ..." if len(index) > _SHOWN else ""
         raise FloatingPointError(
-            f"{error} ({stage.name}, learning rate {rates[error.step - 1 - first_step]:g}; images {', '.join(names)}"
+            f"{error} ({stage.name}, learning rate {rates[update.step - 1 - first_step]:g}; images {', '.join(names)}"
             f"{more}): lower the learning rate, look at these images, or find the operation with --debug-nans"
         ) from None

@@ -57,6 +57,24 @@ class Stop:
         return number > 0
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing is to be saved."""
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Within it SIGTERM interrupts, as Ctrl-C does: raises Terminated."""
+
+    def interrupt(number: int, _: Any) -> None:
+        raise Terminated
+
+    before = set_handler(SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        set_handler(SIGTERM, before)
+
+
 @contextlib.contextmanager
 def catch_signals(agreement: Any = None) -> Iterator[Stop]:
     """Within it Ctrl-C and SIGTERM only ask the run to stop, the first time; a second one acts as ever."""

@@ -1,9 +1,12 @@
 """Orbax: the best and the last checkpoints of a run, each checked against its checksums when it is read."""
 
 import contextlib
+import json
+import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,9 +24,20 @@ def open_checkpoints(directory: pathlib.Path) -> ocp.CheckpointManager:
     """Opens, or makes, a folder that keeps the best checkpoint by validation mean IoU, the last, and the one before it.
 
     Args:
-      directory: made if it is missing; what an interrupted save left in it is removed.
+      directory: made if it is missing; what an interrupted save left in it is removed. A checkpoint whose score cannot
+        be read is set aside, and a line on stderr says so.
+
+    Raises:
+      OSError: it cannot be made, or not be written to.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    for path in [path for path in directory.iterdir() if path.name.isdecimal()]:
+        try:
+            _read_score(path)
+        except (ValueError, KeyError, TypeError) as error:
+            aside = _set_aside(path, f"the checkpoint {path} is damaged")
+            line = f"the score of the checkpoint {path} is damaged ({_first_line(error)})"
+            print(f"warning: {line}; it is now called {aside.name}, and not used", file=sys.stderr)
     # `max_to_keep` with `best_fn` would delete the last one.
     best = preservation_policy.BestN(n=1, get_metric_fn=_mean_iou, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
@@ -55,14 +69,15 @@ def save(manager: ocp.CheckpointManager, state: Any, mean_iou: float | None, met
     train = {"step": host.step, "opt_state": host.opt_state}
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(host)):
         raise FloatingPointError(f"the parameters are not finite after step {int(host.step)}")
-    checksums = {"model": _checksum(model), "train": _checksum(train)}
+    meta = {**meta, "score": mean_iou}
+    checksums = {"model": _checksum(model), "train": _checksum(train), "meta": _json_checksum(meta)}
     items = ocp.args.Composite(
         model=ocp.args.StandardSave(model),
         train=ocp.args.StandardSave(train),
         meta=ocp.args.JsonSave({**meta, "checksums": checksums}),
     )
     wait(manager)
-    _check_space(manager, sum(leaf.nbytes for leaf in jax.tree.leaves(host)))
+    _check_space(manager.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(host)))
     number = max(manager.all_steps(), default=0) + 1
     try:
         manager.save(number, args=items, metrics=None if mean_iou is None else {"mean_iou": mean_iou})
@@ -92,6 +107,7 @@ def restore_model(manager: ocp.CheckpointManager, which: str | int, template: An
     Raises:
       FileNotFoundError: there is no checkpoint.
       ValueError: it is damaged, or does not fit the template.
+      OSError: it cannot be read, for reasons that are not its own.
     """
     restored = _restore(manager, _number(manager, which), {"model": template})
     return restored["model"], restored["meta"]
@@ -142,13 +158,41 @@ def read_meta(manager: ocp.CheckpointManager, which: str | int) -> dict[str, Any
     return _restore(manager, _number(manager, which), {})["meta"]
 
 
-def set_aside(manager: ocp.CheckpointManager, number: int) -> pathlib.Path:
-    """Renames a damaged checkpoint, so that it is no longer one, and returns its new path."""
-    path = manager.directory / str(number)
-    aside = path.with_name(f"damaged-{number}")
-    pathlib.Path(path).rename(aside)
+def set_aside(manager: ocp.CheckpointManager, number: int, why: str = "it is damaged") -> pathlib.Path:
+    """Renames a damaged checkpoint, so that it is no longer one, and returns its new path.
+
+    Args:
+      manager: from `open_checkpoints`.
+      number: the checkpoint's.
+      why: said if it cannot be renamed.
+
+    Raises:
+      OSError: it cannot be renamed.
+    """
+    aside = _set_aside(pathlib.Path(manager.directory) / str(number), why)
     manager.reload()
-    return pathlib.Path(aside)
+    return aside
+
+
+def list_set_aside(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoints that were set aside in a folder of checkpoints."""
+    return sorted(pathlib.Path(directory).glob("damaged-*"))
+
+
+def _set_aside(path: pathlib.Path, why: str) -> pathlib.Path:
+    names = (f"damaged-{path.name}", *(f"damaged-{path.name}-{again}" for again in range(2, 1000)))
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise OSError(f"{why}; it cannot be renamed to {aside.name} either ({error.strerror})") from error
+    return aside
+
+
+def _read_score(path: pathlib.Path) -> float | None:
+    """The validation mean IoU by which Orbax compares checkpoints; None for one without."""
+    file = path / "metrics" / "metrics"
+    return float(json.loads(file.read_text())["mean_iou"]) if file.exists() else None
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -181,11 +225,24 @@ def _restore(manager: ocp.CheckpointManager, number: int, templates: dict[str, A
     # Without a template Orbax gives what is there.
     templates = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), templates)
     items = {name: ocp.args.StandardRestore(template) for name, template in templates.items()}
-    damaged = f"the checkpoint {manager.directory / str(number)} is damaged, or of another model"
+    path = pathlib.Path(manager.directory) / str(number)
+    damaged = f"the checkpoint {path} is damaged, or of another model"
+    # What raises here is no fault of the checkpoint's.
+    for file in path.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                opened.read(1)
     try:
         restored = manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
-        checksums = restored["meta"].get("checksums")
+        checksums = restored["meta"].pop("checksums", None)
         wrong = [name for name in templates if checksums and _checksum(restored[name]) != checksums[name]]
+        # An older version has no checksum of `meta`.
+        if checksums and _json_checksum(restored["meta"]) != checksums.get("meta", _json_checksum(restored["meta"])):
+            wrong.append("description")
+        if checksums and _read_score(path) != restored["meta"].get("score", _read_score(path)):
+            wrong.append("score")
+    except MemoryError:
+        raise
     except Exception as error:  # A damaged checkpoint can raise almost anything.
         raise ValueError(f"{damaged} ({_first_line(error)})") from error
     if checksums is None:
@@ -229,14 +286,26 @@ def _checksum(tree: Any) -> str:
     return f"{value:08x}"
 
 
-def _check_space(manager: ocp.CheckpointManager, needed: int) -> None:
-    """Raises OSError if the disk has less space: Orbax's threads would say so in hundreds of lines."""
-    free = shutil.disk_usage(manager.directory).free
+def _json_checksum(value: Any) -> str:
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def _check_space(directory: pathlib.Path, needed: int) -> None:
+    """Raises OSError unless so many bytes can be written: Orbax's threads would say so in hundreds of lines."""
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
-            f"no checkpoint can be written to {manager.directory}: it takes {needed >> 20} MiB, and the disk has"
-            f" {free >> 20} MiB left; free some"
+            f"no checkpoint can be written to {directory}: it takes {needed / 2**20:.1f} MiB, and the disk has"
+            f" {free / 2**20:.1f} MiB left; free some"
         )
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            if hasattr(os, "posix_fallocate"):  # a quota may be less than the disk has; macOS cannot ask
+                os.posix_fallocate(file.fileno(), 0, needed)
+    except OSError as error:
+        raise OSError(
+            f"no checkpoint can be written to {directory}: it takes {needed / 2**20:.1f} MiB ({error.strerror})"
+        ) from error
 
 
 def _unwritable(manager: ocp.CheckpointManager, error: Exception) -> OSError:

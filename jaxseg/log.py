@@ -1,10 +1,12 @@
 """What a run writes down while it trains: metrics.csv and TensorBoard events."""
 
 import csv
+import io
 import itertools
 import os
 import pathlib
 import sys
+import zlib
 
 import numpy as np
 
@@ -12,6 +14,8 @@ import numpy as np
 # a module of None cannot be imported.
 _hidden = "torch" not in sys.modules and sys.modules.setdefault("torch", None) is None
 from tensorboardX import SummaryWriter  # noqa: E402
+
+from jaxseg.files import replacing  # noqa: E402
 
 if _hidden:
     del sys.modules["torch"]
@@ -30,27 +34,33 @@ class MetricsLog:
       num_classes: how many columns `iou_0`, `iou_1`, ... there are.
       rows: how many rows to keep of a run that goes on; those after them are dropped.
       step: the updates that those rows tell of.
+      checksum: that of those rows, from `checksum`; None if nobody knows it.
 
     Raises:
-      ValueError: there are fewer rows.
+      ValueError: there are fewer rows, or others.
+      OSError: a file cannot be written; it is named.
 
     Attributes:
       rows: how many rows there are.
+      checksum: CRC-32 of the lines so far.
     """
 
-    def __init__(self, workdir: pathlib.Path, num_classes: int, rows: int = 0, step: int = 0):
+    def __init__(
+        self, workdir: pathlib.Path, num_classes: int, rows: int = 0, step: int = 0, checksum: int | None = None
+    ):
         columns = [*COLUMNS, *(f"iou_{index}" for index in range(num_classes))]
-        path = workdir / "metrics.csv"
-        kept = _first_lines(path, 1 + rows) if rows else [",".join(columns) + "\r\n"]
-        # Written beside it and then renamed: no moment is without the rows.
-        new = path.with_suffix(".csv.tmp")
-        new.write_text("".join(kept), newline="")
-        new.replace(path)
-        self.rows = rows
+        self._path = path = workdir / "metrics.csv"
+        text = "".join(_first_lines(path, 1 + rows)) if rows else ",".join(columns) + "\r\n"
+        self.rows, self.checksum = rows, zlib.crc32(text.encode())
+        if rows and checksum not in (None, self.checksum):
+            raise ValueError(f"{path} was changed after the checkpoint was saved: put it back")
+        with replacing(path) as new:
+            new.write_text(text, newline="")
         self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
-        self._rows = csv.DictWriter(self._file, columns, restval="")
+        self._line = io.StringIO()
+        self._rows = csv.DictWriter(self._line, columns, restval="")
         # TensorBoard is told to forget what an earlier process wrote after this step.
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1 if step else None)
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1)
 
     def __enter__(self) -> "MetricsLog":
         """Opens nothing more: the files are open since the start."""
@@ -80,21 +90,28 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Returns when all rows are on the disk; called before each checkpoint, which counts on them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(self._path)) from error
         self._events.flush()
 
     def _write(self, row: dict[str, object]) -> None:
         self._rows.writerow(row)
-        self.rows += 1
+        line = self._line.getvalue()
+        self._line.seek(0)
+        self._line.truncate()
+        self._file.write(line)
+        self.rows, self.checksum = self.rows + 1, zlib.crc32(line.encode(), self.checksum)
 
 
 def _first_lines(path: pathlib.Path, number: int) -> list[str]:
-    """Reads so many whole lines; raises ValueError if there are fewer."""
+    """Reads so many lines; raises ValueError if there are fewer."""
     lines = []
     if path.is_file():
-        with open(path, newline="") as file:
-            lines = [line for line in itertools.islice(file, number) if line.endswith("\n")]
+        with open(path, newline="", errors="replace") as file:
+            lines = [line.rstrip("\r\n") + "\r\n" for line in itertools.islice(file, number)]
     if len(lines) < number:
         raise ValueError(f"{path}: the checkpoint counts on {number} lines, and there are {len(lines)}: put them back")
     return lines

@@ -69,11 +69,12 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class StepDone:
-    """One update: its global number, and the loss in nats."""
+    """One update: its global number, the loss in nats, and the batch's places in the training split, if known."""
 
     epoch: int
     step: int
     loss: float
+    index: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,11 +253,25 @@ def pmap_step(
     the operation that gave the first NaN.
     """
     in_axes = (None, 0, None) if keyed else (None, 0)
-    axes = {"axis_name": AXIS, "in_axes": in_axes, "out_axes": 0 if per_image else None}
     if jax.config.jax_debug_nans:
-        together = jax.jit(jax.vmap(step, **axes))
-        return lambda *arguments: together(*jax.device_put(arguments, devices[0]))
-    return jax.pmap(step, **axes, devices=devices, donate_argnums=(0,) if donate else ())
+        return _find_nans(jax.jit(jax.vmap(step, in_axes, axis_name=AXIS)), devices[0], per_image)
+    out_axes = 0 if per_image else None
+    return jax.pmap(step, AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=0 if donate else ())
+
+
+def _find_nans(step: Callable, device: jax.Device, per_image: bool) -> Callable:
+    """Wraps a jitted step so that each call is searched for the operation that gives the first NaN."""
+
+    def call(*arguments: Any) -> Any:
+        arguments = jax.device_put(arguments, device)
+        outputs = step(*arguments)
+        if any(np.isnan(leaf).any() for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)):
+            # JAX searches only while it compiles, and this has run before.
+            jax.clear_caches()
+            step(*arguments)
+        return outputs if per_image else jax.tree.map(lambda x: x[0], outputs)
+
+    return call
 
 
 def all_devices() -> tuple[jax.Device, ...]:
@@ -400,7 +415,7 @@ def _step_done(epoch: int, step: int, metrics: dict[str, jax.Array], index: np.n
     loss = float(metrics["loss"])
     if not math.isfinite(loss):
         raise NonFiniteLossError(loss, step, index)
-    return StepDone(epoch, step, loss)
+    return StepDone(epoch, step, loss, index)
 
 
 def make_evaluate(

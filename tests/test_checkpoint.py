@@ -1,5 +1,8 @@
 """What is saved comes back or is known to be damaged, and only the best and the last two are kept."""
 
+import errno
+import json
+import os
 import shutil
 
 import jax
@@ -134,9 +137,88 @@ def test_a_full_disk_is_named_and_what_is_there_kept(manager, monkeypatch):
     save(manager, 1, 0.5)
     usage = shutil.disk_usage(manager.directory)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50))
-    with pytest.raises(OSError, match="disk has 0 MiB left"):
+    with pytest.raises(OSError, match=r"disk has 0.0 MiB left"):
         save(manager, 2, 0.6)
     assert restored_step(manager, checkpoint.LAST) == 1
+
+
+def test_what_cannot_be_written_is_named_before_orbax_tries(manager, monkeypatch):
+    save(manager, 1, 0.5)
+
+    def no_quota(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "posix_fallocate", no_quota, raising=False)
+    with pytest.raises(OSError, match="quota exceeded") as caught:
+        save(manager, 2, 0.6)
+    assert str(manager.directory) in str(caught.value) and "\n" not in str(caught.value)
+    assert restored_step(manager, checkpoint.LAST) == 1
+
+
+@pytest.mark.parametrize(
+    ("item", "edit", "said"),
+    [
+        ("meta/metadata", lambda meta: meta.update(epoch=7), "description"),
+        ("meta/metadata", lambda meta: meta.pop("names"), "description"),
+        ("metrics/metrics", lambda score: score.update(mean_iou=0.9), "score"),
+    ],
+)
+def test_what_is_edited_by_hand_is_noticed(tmp_path, item, edit, said):
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        save(manager, 1, 0.5)
+    path = tmp_path / "1" / item
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    with checkpoint.open_checkpoints(tmp_path) as manager, pytest.raises(ValueError, match=f"of its {said} is wrong"):
+        checkpoint.restore_model(manager, checkpoint.LAST, TEMPLATE)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"mean_iou": null}'])
+def test_a_score_that_cannot_be_read_costs_that_checkpoint_only(tmp_path, capsys, text):
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        for step in (1, 2):
+            save(manager, step, 0.1 * step)
+    (tmp_path / "2" / "metrics" / "metrics").write_text(text)
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        assert restored_step(manager, checkpoint.BEST) == restored_step(manager, checkpoint.LAST) == 1
+    said = capsys.readouterr().err
+    assert "now called damaged-2" in said and said.count("\n") == 1
+    assert [path.name for path in checkpoint.list_set_aside(tmp_path)] == ["damaged-2"]
+
+
+def test_one_number_can_be_set_aside_again_and_again(tmp_path):
+    names = []
+    for _ in range(3):
+        with checkpoint.open_checkpoints(tmp_path) as manager:
+            save(manager, 1, 0.5)
+            checkpoint.wait(manager)
+            names.append(checkpoint.set_aside(manager, 1).name)
+    assert names == ["damaged-1", "damaged-1-2", "damaged-1-3"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(manager, monkeypatch, error):
+    save(manager, 1, 0.5)
+    checkpoint.wait(manager)
+
+    def unreadable(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "open", unreadable, raising=False)
+    with pytest.raises(OSError, match=error.strerror):
+        checkpoint.restore_model(manager, checkpoint.LAST, TEMPLATE)
+
+
+def test_too_little_memory_is_no_damage(manager, monkeypatch):
+    save(manager, 1, 0.5)
+
+    def restore(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(type(manager), "restore", restore)
+    with pytest.raises(MemoryError):
+        checkpoint.restore_model(manager, checkpoint.LAST, TEMPLATE)
 
 
 def test_no_checkpoint(manager):

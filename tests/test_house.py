@@ -13,6 +13,8 @@ ALLOWED = {
     "jaxseg.torchfile": {"jaxseg.torchpickle"},
     "jaxseg.decoders": {"jaxseg.layers"},
     "jaxseg.boundary": {"jaxseg.metrics"},
+    "jaxseg.log": {"jaxseg.files"},
+    "jaxseg.plots.page": {"jaxseg.files"},
     "jaxseg.train": {"jaxseg.augment", "jaxseg.boundary", "jaxseg.losses", "jaxseg.metrics"},
     "jaxseg.plots.__init__": {f"jaxseg.plots.{name}" for name in ("architecture", "filtering", "page", "runs")},
     "jaxseg.plots.architecture": {"jaxseg.plots.page"},

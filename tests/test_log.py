@@ -54,9 +54,46 @@ def test_a_run_that_goes_on_drops_the_rows_after_its_checkpoint(tmp_path):
 def test_a_log_that_lost_rows_is_refused(tmp_path):
     write_a_run(tmp_path)
     path = tmp_path / "metrics.csv"
-    path.write_bytes(path.read_bytes()[:-5])
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ValueError, match="counts on 5 lines"):
         MetricsLog(tmp_path, 3, rows=4, step=3)
+
+
+def checksum_of_a_run(workdir):
+    with MetricsLog(workdir, 3) as log:
+        log.step(1, 1, 1, 2.5, 1e-3)
+        log.step(1, 1, 2, 1.5, 1e-3)
+        return log.checksum
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda lines: [*lines[:2], lines[1], *lines[2:]],
+        lambda lines: [*lines[:1], "hello world\r\n", *lines[2:]],
+        lambda lines: [lines[0].replace("loss", "lose"), *lines[1:]],
+        lambda lines: [*lines[:2], lines[2][:-5]],
+    ],
+)
+def test_a_log_that_was_edited_is_refused(tmp_path, edit):
+    checksum, path = checksum_of_a_run(tmp_path), tmp_path / "metrics.csv"
+    with open(path, newline="") as file:
+        lines = file.readlines()
+    path.write_text("".join(edit(lines)), newline="")
+    with pytest.raises(ValueError, match="was changed"):
+        MetricsLog(tmp_path, 3, rows=2, step=2, checksum=checksum)
+
+
+def test_ends_of_lines_may_change_and_the_checksum_goes_on(tmp_path):
+    checksum, path = checksum_of_a_run(tmp_path), tmp_path / "metrics.csv"
+    path.write_text(path.read_text().replace("\r\n", "\n").rstrip("\n"), newline="")
+    with MetricsLog(tmp_path, 3, rows=2, step=2, checksum=checksum) as log:
+        assert log.checksum == checksum
+        log.step(1, 2, 3, 1.25, 1e-3)
+        further = log.checksum
+    assert further != checksum
+    with MetricsLog(tmp_path, 3, rows=3, step=3, checksum=further):
+        pass
 
 
 def test_flushed_rows_are_on_the_disk(tmp_path):

@@ -124,6 +124,35 @@ def test_table_with_a_second_column():
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([0, 0, 0], "which no label shows"),
+        ([0, 1, 0], "most often taken for road (100 % of its pixels)"),
+        ([0, 2, 1], "most often taken for road (67 % of its pixels)"),
+        ([1, 0, 0], "worst: sky (0.500)"),
+    ],
+)
+def test_the_worst_class_with_a_handful_of_pixels(row, said):
+    """Its column has one more, so that it is always the worst."""
+    confusion = np.array([row, [0, 9, 0], [1, 0, 9]])
+    assert metrics.best_and_worst(confusion, ("sky", "road", "car")).endswith(said)
+
+
+def test_one_pixel_is_enough_for_an_iou():
+    np.testing.assert_array_equal(metrics.iou_per_class(np.array([[1, 0], [0, 0]])), [1.0, np.nan])
+
+
+def test_255_is_ignored_by_default():
+    counts = metrics.confusion_matrix(np.array([255, 1, 0], np.uint8), np.array([0, 1, 0]), 2)
+    np.testing.assert_array_equal(counts, [[1, 0], [0, 1]])
+
+
+def test_a_table_needs_a_name_for_each_class():
+    with pytest.raises(ValueError, match="zip"):
+        metrics.iou_table(np.eye(3, dtype=int), ("sky", "road"))
+
+
 def test_best_and_worst_names_what_the_worst_is_taken_for():
     confusion = np.array([[9, 1, 0], [0, 5, 5], [0, 7, 3]])
     line = metrics.best_and_worst(confusion, ("sky", "road", "car"))

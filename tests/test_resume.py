@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import baseline, prepare
+from experiments import baseline, prepare, stages
 from experiments.settings import Settings, complete, to_json
+from jaxseg import checkpoint, train
 from tests.peers import small_run
 from tests.peers.small_run import last_state
 
@@ -93,6 +94,24 @@ def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, state, other)
     figures = {path.name for path in (stopped / "figures").iterdir()}
     assert figures == {path.name for path in (whole / "figures").iterdir()}
+
+
+def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path, monkeypatch, capsys):
+    state = train.TrainState(np.int32(1), {"kernel": np.arange(6.0)}, {}, {})
+    monkeypatch.setattr(stages, "_first_state", lambda run, number: state)
+    progress = {"progress": {"stage": 1}}
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        assert stages.resume(None, manager) is None
+        for _ in range(2):
+            checkpoint.save(manager, state, None, progress)
+        assert stages.resume(None, manager)[1] == stages.Progress(1)
+    for path in tmp_path.glob("*/meta/metadata"):
+        path.write_text("{}")
+    for damaged in (2, 0):
+        opened = checkpoint.open_checkpoints(tmp_path)
+        with opened as manager, pytest.raises(ValueError, match="another --workdir"):
+            stages.resume(None, manager)
+        assert capsys.readouterr().err.count("now called damaged-") == damaged
 
 
 def test_a_workdir_of_other_settings_is_refused_with_the_differences(folder, tmp_path, capsys):

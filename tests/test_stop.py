@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from experiments.stop import catch_signals
+from experiments.stop import Terminated, catch_signals, interrupted_by_sigterm
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -30,6 +30,16 @@ def test_a_second_ctrl_c_interrupts():
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_sigterm_interrupts_where_nothing_is_to_be_saved():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), interrupted_by_sigterm():
+        with catch_signals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal is signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_without_a_signal_the_handlers_come_back():

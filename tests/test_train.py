@@ -325,6 +325,21 @@ def test_debugging_computes_the_same_and_names_the_operation(variables):
             list(run_stage(bad, False, 1, 1))
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_debugging_finds_what_goes_wrong_later(num_devices):
+    devices = DEVICES[:num_devices]
+
+    def step(state, batch):
+        return jax.lax.psum(jnp.log(state * batch["x"].mean()), train.AXIS)
+
+    with jax.debug_nans(True):
+        step_fn = train.pmap_step(step, devices)
+        batch = {"x": jnp.ones((num_devices, 3))}
+        assert step_fn(jnp.array(1.0), batch) == 0
+        with pytest.raises(FloatingPointError, match="encountered in log"):
+            step_fn(jnp.array(-1.0), batch)
+
+
 def test_a_loss_that_is_not_finite_names_the_images(variables):
     tx = make_optimizer(1e-2, True)
     broken = {
@@ -400,7 +415,8 @@ def test_evaluation_sums_every_counted_pixel(variables, num_devices):
         prediction = np.asarray(train.predict_step(variables, batch, model=MODEL))
         expected += metrics.confusion_matrix(batch["label"], prediction, NUM_CLASSES)
     assert total.sum() == sum((batch["label"] != 255).sum() for batch in batches)
-    assert np.abs(total - expected).sum() <= 1e-4 * total.sum()
+    # A pixel that is taken for another class changes two cells.
+    assert np.abs(total - expected).sum() / 2 <= 1e-5 * total.sum()
 
 
 def test_batches_are_split_in_order_and_kept_ahead():

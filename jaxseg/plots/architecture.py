@@ -13,7 +13,6 @@ from matplotlib.patches import Polygon
 
 from jaxseg.plots.page import (
     BLUE,
-    DPI,
     INK,
     MUTED,
     PAGE_WIDTH,
@@ -22,6 +21,7 @@ from jaxseg.plots.page import (
     TITLE_SIZE,
     VERMILION,
     new_page,
+    save,
     text_width,
     write,
 )
@@ -104,7 +104,7 @@ def plot_architecture(layers: Sequence[LayerRow], image_size: tuple[int, int], t
     for item, following in itertools.pairwise(placed):
         _draw_arrow(page, item.front + item.box.width + item.box.depth, following.front, middle)
     _draw_parts(page, layers, placed, parts_top)
-    page.figure.savefig(path, dpi=DPI)
+    save(page.figure, path)
 
 
 def group_layers(layers: Sequence[LayerRow]) -> list[Block]:

@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from jaxseg.plots.page import (
-    DPI,
     MAX_ROW_HEIGHT,
     MUTED,
     PAGE_WIDTH,
@@ -18,6 +17,7 @@ from jaxseg.plots.page import (
     TEXT_SIZE,
     VERMILION,
     new_page,
+    save,
     write,
 )
 
@@ -112,7 +112,7 @@ def plot_filtered(panels: Sequence[Panel], detail: tuple[int, int], path: pathli
         # Every pixel of the detail as a square of its own: they are what a kernel acts on.
         crop = panel.picture[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
         _draw(page, crop, x + (column - detail_scale * box[3]) / 2, detail_top, detail_scale, "nearest")
-    page.figure.savefig(path, dpi=DPI)
+    save(page.figure, path)
 
 
 def _draw(

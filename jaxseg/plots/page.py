@@ -5,10 +5,14 @@ inches on one page coordinate system (origin at the top left, y downwards), beca
 inches.
 """
 
+import pathlib
+
 import matplotlib.axes
 import matplotlib.font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
+
+from jaxseg.files import replacing
 
 # The style of every figure. Lines are blue and vermilion of Okabe and Ito, which differ for colour-blind readers and in
 # print; everything that is not data is a shade of grey.
@@ -36,6 +40,12 @@ def new_page(width: float, height: float) -> matplotlib.axes.Axes:
     # Nothing that is drawn later may move the page's limits.
     page.set_autoscale_on(False)
     return page
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a figure; raises OSError, and keeps what was there, if it cannot."""
+    with replacing(path) as new:
+        figure.savefig(new, dpi=DPI)
 
 
 def write(parent: matplotlib.axes.Axes | Figure, x: float, y: float, text: str, size: float, **style) -> None:

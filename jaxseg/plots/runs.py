@@ -26,6 +26,7 @@ from jaxseg.plots.page import (
     VERMILION,
     new_figure,
     new_page,
+    save,
     text_width,
     write,
 )
@@ -100,7 +101,7 @@ def plot_training(history: Sequence[StageHistory], directory: pathlib.Path, firs
         if len(stage.mean_ious):
             best_before = max(float(np.max(stage.mean_ious)), best_before or 0.0)
         paths.append(directory / f"training_stage_{index}.png")
-        figure.savefig(paths[-1], dpi=DPI)
+        save(figure, paths[-1])
     return paths
 
 
@@ -134,7 +135,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: pathlib.Pa
     _draw_cells(page, confusion, left, top, cell)
     _draw_names(page, names, left, top, cell, name_width)
     _draw_iou_bars(page, confusion, left + side + 0.22, top, cell)
-    page.figure.savefig(path, dpi=DPI)
+    save(page.figure, path)
 
 
 def plot_results(
@@ -416,7 +417,7 @@ def _plot_results_page(
             top += line
         top += 0.12
     _draw_legend(page, entries, margin, top + 0.06)
-    page.figure.savefig(path, dpi=DPI)
+    save(page.figure, path)
 
 
 def _pictures(example: Example, colours: np.ndarray, scale: float) -> list[np.ndarray]:

@@ -1,0 +1,37 @@
+"""Files that are whole or not there, whatever happens while they are written."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives the path of a new file beside `path`, of the same suffix, which takes its place once it is on the disk.
+
+    Args:
+      path: of the file to be, which may exist.
+
+    Raises:
+      OSError: it cannot be written; it names the file. What was at `path` before is still there.
+    """
+    new = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield new
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot be written ({error.strerror or error})", str(path)) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
