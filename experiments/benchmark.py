@@ -30,6 +30,8 @@ class Settings:
     """Images in a batch, over all devices."""
     num_classes: int = 9
     """Number of classes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The numbers of jaxseg's computation; PyTorch's are given by --torch-forms."""
     work: tuple[Literal["stage1", "stage1-cached", "stage2", "validation", "inference"], ...] = (
         "stage1", "stage2", "validation", "inference",
     )  # fmt: skip
@@ -97,7 +99,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         results: dict[str, Any] = {"settings": _as_json(settings), **worker.machine, "work": {}}
     print(f"{results['device']}, {results['versions']}; matrix product {results['peak_gflops']:.0f} GFLOP/s")
     print(f"{settings.model}, {settings.encoder}, {settings.image_size[0]}x{settings.image_size[1]},", end=" ")
-    print(f"batch {settings.batch_size}, loader {'included' if settings.loader else 'not included'}")
+    loads = "loader included" if settings.loader else "loader not included"
+    print(f"batch {settings.batch_size}, {settings.dtype}, {loads}")
     line = "{:<13} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
     print(line.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "peak", "MiB", "ratio"))
     for work in settings.work:

@@ -78,8 +78,9 @@ def prepare(settings: Settings, make_decoder: MakeDecoder, processes: Processes 
     labels, open_splits = find_data(settings)
 
     def make_model(dropout_rate: float) -> nn.Module:
-        encoder = ResNet(settings.encoder, axis_name=train.AXIS)
-        return Segmenter(encoder, make_decoder(labels.num_classes, dropout_rate))
+        dtype = jnp.dtype(settings.dtype)
+        encoder = ResNet(settings.encoder, axis_name=train.AXIS, dtype=dtype)
+        return Segmenter(encoder, make_decoder(labels.num_classes, dropout_rate).clone(dtype=dtype))
 
     # First the weights: a wrong file is refused before thousands of images are looked at.
     variables = initialise(make_model(0.0), settings)

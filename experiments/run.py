@@ -36,7 +36,6 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
       make_decoder: (num_classes, dropout_rate) -> decoder.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
-    jax.config.update("jax_debug_nans", settings.debug_nans)
     keep_compiled_programs()
     try:
         processes = start(settings)
@@ -45,7 +44,8 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        with processes.silence_others(), interrupted_by_sigterm():
+        # Not jax.config.update: what is compiled already would then be searched no more.
+        with processes.silence_others(), interrupted_by_sigterm(), jax.debug_nans(settings.debug_nans):
             code = run_in(processes, settings, make_decoder)
     except BrokenPipeError:  # whoever read what is printed has enough of it, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -36,6 +36,7 @@ class Load:
     image_size: tuple[int, int] = (192, 224)
     batch_size: int = 4
     num_classes: int = 9
+    dtype: str = "float32"
     loader: bool = False
     dropout: float = 0.2
     max_degrees: float = 30.0
@@ -47,7 +48,9 @@ def make_model(load: Load, axis_name: str | None = train.AXIS) -> Segmenter:
         "baseline": lambda: BaselineDecoder(load.num_classes),
         "improved": lambda: ImprovedDecoder(load.num_classes, dropout_rate=load.dropout, axis_name=axis_name),
     }
-    return Segmenter(ResNet(load.encoder, axis_name=axis_name), decoders[load.model]())
+    dtype = jnp.dtype(load.dtype)
+    encoder = ResNet(load.encoder, axis_name=axis_name, dtype=dtype)
+    return Segmenter(encoder, decoders[load.model]().clone(dtype=dtype))
 
 
 def make_batch(load: Load) -> dict[str, np.ndarray]:
@@ -65,8 +68,8 @@ def make_features(load: Load, number: int) -> np.ndarray:
     variables = jax.eval_shape(make_model(load).init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.uint8))
     image = jax.ShapeDtypeStruct((number, *load.image_size, 3), np.uint8)
     encode = functools.partial(train.encode_step, model=make_model(load))
-    shape = jax.eval_shape(encode, variables, {"image": image}).shape
-    return np.random.default_rng(0).random(shape, np.float32)
+    features = jax.eval_shape(encode, variables, {"image": image})
+    return np.random.default_rng(0).random(features.shape, np.float32).astype(features.dtype)
 
 
 @contextlib.contextmanager

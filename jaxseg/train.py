@@ -254,24 +254,15 @@ def pmap_step(
     """
     in_axes = (None, 0, None) if keyed else (None, 0)
     if jax.config.jax_debug_nans:
-        return _find_nans(jax.jit(jax.vmap(step, in_axes, axis_name=AXIS)), devices[0], per_image)
+        together = jax.jit(jax.vmap(step, in_axes, axis_name=AXIS))
+
+        def on_one_device(*arguments: Any) -> Any:
+            outputs = together(*jax.device_put(arguments, devices[0]))
+            return outputs if per_image else jax.tree.map(lambda x: x[0], outputs)
+
+        return on_one_device
     out_axes = 0 if per_image else None
     return jax.pmap(step, AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=0 if donate else ())
-
-
-def _find_nans(step: Callable, device: jax.Device, per_image: bool) -> Callable:
-    """Wraps a jitted step so that each call is searched for the operation that gives the first NaN."""
-
-    def call(*arguments: Any) -> Any:
-        arguments = jax.device_put(arguments, device)
-        outputs = step(*arguments)
-        if any(np.isnan(leaf).any() for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)):
-            # JAX searches only while it compiles, and this has run before.
-            jax.clear_caches()
-            step(*arguments)
-        return outputs if per_image else jax.tree.map(lambda x: x[0], outputs)
-
-    return call
 
 
 def all_devices() -> tuple[jax.Device, ...]:

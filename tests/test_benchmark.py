@@ -40,7 +40,7 @@ def test_it_measures_and_writes_what_it_measured(tmp_path, capsys):
     np.testing.assert_allclose(row["images_per_s"] * row["ms"], 1e3 * 4)
     np.testing.assert_allclose(row["gflops"], row["gflop_per_image"] * row["images_per_s"])
     np.testing.assert_allclose(row["share_of_peak"], row["gflops"] / results["peak_gflops"])
-    assert "32x32, batch 4, loader included" in capsys.readouterr().out
+    assert "32x32, batch 4, float32, loader included" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,17 @@ def compute(run, number=1, stop=None):
     return features.compute_features(run, number, train.replicate(run.variables, run.devices), stop or Stop())
 
 
+def test_a_run_in_bfloat16_follows_one_in_float32(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "ResNet", small_run.SmallEncoder)
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        argv = [*arguments(folder, tmp_path / dtype), "--epochs", "2", "1", "--dtype", dtype]
+        assert small_run.main(argv) == 0
+        losses.append([float(row["loss"]) for row in small_run.rows(tmp_path / dtype) if row["kind"] == "step"])
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0.02)
+
+
 def test_they_are_those_of_every_image_in_order(prepared, monkeypatch, capsys):
     run = prepared()
     kept = compute(run)

@@ -96,6 +96,14 @@ def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path, monkeypatch):
     assert figures == {path.name for path in (whole / "figures").iterdir()}
 
 
+def test_debugging_names_the_operation_of_a_later_update(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "ResNet", small_run.SmallEncoder)
+    argv = [*arguments(folder, tmp_path / "run"), "--learning-rate", "1e30", "1e30"]
+    assert small_run.main(argv) == 1
+    with pytest.raises(FloatingPointError, match=r"invalid value \(nan\) encountered in"):
+        small_run.main([*argv, "--debug-nans"])
+
+
 def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path, monkeypatch, capsys):
     state = train.TrainState(np.int32(1), {"kernel": np.arange(6.0)}, {}, {})
     monkeypatch.setattr(stages, "_first_state", lambda run, number: state)

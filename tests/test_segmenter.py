@@ -1,5 +1,7 @@
 """Encoder, decoder and padding together, against the PyTorch twin."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,27 @@ def test_frozen_encoder_has_no_gradient_and_keeps_its_statistics(model, variable
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["encoder"]))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["decoder"]))
+
+
+def test_in_bfloat16_what_is_kept_and_the_logits_stay_float32():
+    image = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    outputs = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = Segmenter(ResNet(dtype=dtype), ImprovedDecoder(3, dtype=dtype))
+        variables = jax.jit(model.init)(jax.random.key(0), image)
+
+        @jax.jit
+        def run(params, model=model, variables=variables):
+            logits, updates = model.apply({**variables, "params": params}, image, train=True, mutable=["batch_stats"])
+            return logits.std(), (logits, updates)
+
+        (_, (logits, updates)), grads = jax.value_and_grad(run, has_aux=True)(variables["params"])
+        assert {leaf.dtype for leaf in jax.tree.leaves((variables, logits, updates, grads))} == {jnp.dtype("float32")}
+        outputs[dtype] = logits
+    features = jax.eval_shape(functools.partial(model.apply, method="encode"), variables, image)
+    assert features.dtype == jnp.bfloat16
+    error = np.abs(outputs[jnp.bfloat16] - outputs[jnp.float32])
+    assert 0 < error.mean() < 0.05 * outputs[jnp.float32].std()
 
 
 class TinyEncoder(nn.Module):

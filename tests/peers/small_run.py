@@ -3,7 +3,9 @@
 import csv
 import json
 import sys
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from PIL import Image
@@ -22,11 +24,13 @@ class SmallEncoder(nn.Module):
 
     kind: str
     axis_name: str | None = None
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.Conv(8, (32, 32), strides=32, use_bias=False)(x)
-        return {32: nn.relu(nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x))}
+        x = nn.Conv(8, (32, 32), strides=32, use_bias=False, dtype=self.dtype)(x)
+        norm = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype)
+        return {32: nn.relu(norm(x))}
 
 
 def make_decoder(num_classes, rate):
