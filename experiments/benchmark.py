@@ -53,7 +53,7 @@ class Settings:
     profile: pathlib.Path | None = None
     """A folder for a trace of one round of each piece of jaxseg's work, for TensorBoard or Perfetto."""
     breakdown: bool = False
-    """Also time each convolution alone, forward and backward."""
+    """Also time each layer alone, forward and backward, in training; in a step it may take another time."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,15 +120,20 @@ def measure(settings: Settings) -> dict[str, Any]:
     if settings.breakdown:
         with _Worker("jaxseg", "breakdown", settings) as worker:
             results["breakdown"] = worker.machine["breakdown"]
-        print(
-            f"\n{'convolution':<36} {'input':>18} {'forward ms':>11} {'GFLOP/s':>8} {'backward ms':>12} {'GFLOP/s':>8}"
-        )
-        for row in results["breakdown"]:
-            shape = "x".join(map(str, row["input"]))
-            speeds = (row["gflop"] / row["forward_ms"] * 1e3, row["backward_gflop"] / row["backward_ms"] * 1e3)
-            times = f"{row['forward_ms']:>11.2f} {speeds[0]:>8.0f} {row['backward_ms']:>12.2f} {speeds[1]:>8.0f}"
-            print(f"{row['name']:<30} {shape:>18} {times}")
+        print_breakdown(results["breakdown"])
     return results
+
+
+def print_breakdown(rows: list[dict[str, Any]]) -> None:
+    """Prints the times of all layers, and their sums."""
+    print(f"\n{'layer':<34} {'input':>16} {'forward ms':>11} {'GFLOP/s':>8} {'backward ms':>12} {'GFLOP/s':>8}")
+    total = {name: sum(row[name] for row in rows) for name in rows[0] if name.endswith(("_ms", "gflop"))}
+    for row in [*rows, {"name": "together", "input": [], **total}]:
+        shape, numbers = "x".join(map(str, row["input"])), []
+        for gflop, ms, width in (("gflop", "forward_ms", 11), ("backward_gflop", "backward_ms", 12)):
+            speed = f"{row[gflop] / row[ms] * 1e3:.0f}" if row[gflop] else ""
+            numbers.append(f"{row[ms]:>{width}.2f} {speed:>8}" if row[ms] else " " * (width + 9))
+        print(f"{row['name']:<34} {shape:>16} {' '.join(numbers)}")
 
 
 def _measure_work(work: str, programs: list[str], settings: Settings) -> dict[str, dict[str, float]]:
@@ -296,11 +301,15 @@ def _describe_machine() -> dict[str, Any]:
 
 
 def _break_down(load: Any, settings: Settings) -> list[dict[str, Any]]:
-    """Times each convolution alone: the median of the rounds."""
+    """Times each layer alone, as stage 2 trains it, the loss and the optimizer: the median of the rounds."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
-    from experiments.works import list_convolutions
+    from experiments import works
+    from jaxseg.layers import max_pool
+    from jaxseg.losses import pixel_cross_entropy
+    from jaxseg.optimizer import make_optimizer
 
     def milliseconds(function: Any, *args: Any) -> float:
         function = jax.jit(function)
@@ -308,33 +317,49 @@ def _break_down(load: Any, settings: Settings) -> list[dict[str, Any]]:
         times = []
         for _ in range(settings.rounds):
             began = time.perf_counter()
-            jax.block_until_ready([function(*args) for _ in range(settings.steps)])
+            for _ in range(settings.steps):
+                jax.block_until_ready(function(*args))
             times.append(1e3 * (time.perf_counter() - began) / settings.steps)
         return statistics.median(times)
 
+    def row(name: str, function: Any, params: Any, x: Any, gflop: float = 0.0, input_grad: bool = True) -> dict:
+        y, arguments = jax.jit(function)(params, x), (0, 1) if input_grad else (0,)
+
+        def pull_back(params: Any, x: Any, y: Any) -> Any:
+            return jax.grad(lambda params, x: jnp.vdot(function(params, x), y), arguments)(params, x)
+
+        return {
+            "name": name,
+            "input": list(x.shape),
+            "gflop": gflop,
+            "backward_gflop": gflop * len(arguments),
+            "forward_ms": milliseconds(function, params, x),
+            "backward_ms": milliseconds(pull_back, params, x, y),
+        }
+
     rows = []
-    for convolution in list_convolutions(load):
-        module, shape = convolution.module, convolution.shape
-        x = jax.random.normal(jax.random.key(0), shape)
-        kernel = module.init(jax.random.key(1), x)
-        y = module.apply(kernel, x)
+    for layer in works.list_layers(load):
+        x = jax.random.normal(jax.random.key(0), layer.shape, layer.module.dtype)
+        variables = layer.module.init(jax.random.key(1), x)
+        stats = {name: tree for name, tree in variables.items() if name != "params"}
+
+        def apply(params: Any, x: Any, layer: Any = layer, stats: Any = stats) -> Any:
+            return layer.module.apply({"params": params, **stats}, x, mutable=["batch_stats"])[0]
+
         # An image's own gradient is not computed.
-        arguments = (0,) if shape[-1] == 3 else (0, 1)
-
-        def pull_back(kernel: Any, x: Any, y: Any, module: Any = module, arguments: Any = arguments) -> Any:
-            return jax.grad(lambda kernel, x: jnp.vdot(module.apply(kernel, x), y), arguments)(kernel, x)
-
-        rows.append(
-            {
-                "name": convolution.name,
-                "input": list(shape),
-                "gflop": convolution.gigaflops,
-                "backward_gflop": convolution.gigaflops * len(arguments),
-                "forward_ms": milliseconds(module.apply, kernel, x),
-                "backward_ms": milliseconds(pull_back, kernel, x, y),
-            }
-        )
-    return rows
+        rows.append(row(layer.name, apply, variables["params"], x, layer.gigaflops, layer.shape[-1] != 3))
+        if layer.name == "encoder/bn1":
+            rows.append(row("max_pool", lambda _, x: max_pool(x), {}, x))
+    size = (load.batch_size, *load.image_size)
+    logits = jax.random.normal(jax.random.key(0), (*size, load.num_classes))
+    label = jnp.asarray(np.random.default_rng(0).integers(0, load.num_classes, size))
+    rows.append(row("loss", lambda _, logits: pixel_cross_entropy(logits, label), {}, logits))
+    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
+    params = jax.jit(works.make_model(load).init)(jax.random.key(0), image)["params"]
+    tx = make_optimizer(1e-3, freeze_encoder=False)
+    update = {"name": "Adam", "input": [sum(leaf.size for leaf in jax.tree.leaves(params))], "gflop": 0.0}
+    update |= {"forward_ms": milliseconds(tx.update, params, tx.init(params), params)}
+    return [*rows, update | {"backward_gflop": 0.0, "backward_ms": 0.0}]
 
 
 if __name__ == "__main__":

@@ -160,14 +160,15 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
-    """One convolution of a model.
+class Layer:
+    """One convolution or batch norm of a model.
 
     Attributes:
       name: its path, such as 'encoder/layer1_0/conv1'.
-      module: the layer, unbound.
+      module: the layer, unbound; a batch norm takes its batch's statistics.
       shape: of its input, with the batch.
-      gigaflops: of its forward pass on the batch, a multiplication and an addition being two operations.
+      gigaflops: of a convolution's forward pass on the batch, a multiplication and an addition being two operations; a
+        batch norm's are not counted.
     """
 
     name: str
@@ -176,19 +177,24 @@ class Convolution:
     gigaflops: float
 
 
-def list_convolutions(load: Load) -> list[Convolution]:
-    """The convolutions of a model in the order in which an image passes them; nothing is computed."""
-    found: dict[str, Convolution] = {}
+def list_layers(load: Load) -> list[Layer]:
+    """The convolutions and batch norms of a model in the order in which an image passes them; nothing is computed."""
+    found: dict[str, Layer] = {}
     model = make_model(load, axis_name=None)
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         output, module = call(*args, **kwargs), context.module
-        if context.method_name == "__call__" and isinstance(module, (Conv, ConvTranspose, nn.Conv)):
+        if context.method_name != "__call__" or not isinstance(module, (Conv, ConvTranspose, nn.BatchNorm)):
+            return output
+        work, changes = 0.0, {}
+        if isinstance(module, nn.BatchNorm):
+            changes = {"use_running_average": False}
+        else:
             # An output of a transposed convolution sees 2x2 of its 4x4 taps.
             taps = 4 if isinstance(module, ConvTranspose) else math.prod(module.kernel_size)
             work = 2 * taps * args[0].shape[-1] * math.prod(output.shape) / 1e9
-            name = "/".join(module.path)
-            found[name] = Convolution(name, module.clone(parent=None, name=None), args[0].shape, work)
+        name = "/".join(module.path)
+        found[name] = Layer(name, module.clone(parent=None, name=None, **changes), args[0].shape, work)
         return output
 
     with nn.intercept_methods(record):
@@ -204,10 +210,10 @@ def gigaflops(work: str, load: Load) -> float:
     nobody needs. However a step computes them, and whatever else it does, this is what is counted.
     """
     total = 0.0
-    for index, convolution in enumerate(list_convolutions(dataclasses.replace(load, batch_size=1))):
-        decodes = convolution.name.startswith("decoder")
+    for index, layer in enumerate(list_layers(dataclasses.replace(load, batch_size=1))):
+        decodes = layer.name.startswith("decoder")
         if work == "stage1-cached" and not decodes:
             continue
         trains = work == "stage2" or (work.startswith("stage1") and decodes)
-        total += convolution.gigaflops * (1 + trains * (1 if index == 0 else 2))
+        total += layer.gigaflops * (1 + trains * (1 if index == 0 else 2))
     return total

@@ -11,8 +11,8 @@ from experiments import benchmark, works
 @pytest.mark.parametrize(("encoder", "published"), [("resnet18", 1.814), ("resnet50", 4.089)])
 def test_the_work_is_counted_as_torchvision_does(encoder, published):
     """Its tables give 10^9 multiplications of an image of 224x224, with the last layer, which is missing here."""
-    convolutions = works.list_convolutions(works.Load(encoder=encoder, image_size=(224, 224), batch_size=1))
-    encoder = sum(convolution.gigaflops for convolution in convolutions if convolution.name.startswith("encoder"))
+    layers = works.list_layers(works.Load(encoder=encoder, image_size=(224, 224), batch_size=1))
+    encoder = sum(layer.gigaflops for layer in layers if layer.name.startswith("encoder"))
     assert abs(encoder / 2 - published) < 0.003
 
 
@@ -41,6 +41,26 @@ def test_it_measures_and_writes_what_it_measured(tmp_path, capsys):
     np.testing.assert_allclose(row["gflops"], row["gflop_per_image"] * row["images_per_s"])
     np.testing.assert_allclose(row["share_of_peak"], row["gflops"] / results["peak_gflops"])
     assert "32x32, batch 4, float32, loader included" in capsys.readouterr().out
+
+
+def test_the_breakdown_has_every_layer_and_sums_them(capsys):
+    load = works.Load(model="improved", image_size=(32, 32), batch_size=1)
+    names = [layer.name for layer in works.list_layers(load)]
+    assert [name for name in names if "layer" not in name and name.startswith("encoder")] == [
+        "encoder/conv1",
+        "encoder/bn1",
+    ]
+    # 20 convolutions of the encoder, 5 and the head of the decoder; a batch norm behind each but the head.
+    assert len(names) == 20 + 6 + 20 + 5 and len(set(names)) == len(names)
+    row = {"name": "conv", "input": [1, 2, 3], "gflop": 0.5, "backward_gflop": 1.0}
+    other = {"name": "loss", "input": [4], "gflop": 0.0, "backward_gflop": 0.0, "forward_ms": 1.0, "backward_ms": 2.0}
+    benchmark.print_breakdown([row | {"forward_ms": 4.0, "backward_ms": 10.0}, other])
+    lines = [line.split() for line in capsys.readouterr().out.strip().splitlines()]
+    assert lines[1:] == [
+        ["conv", "1x2x3", "4.00", "125", "10.00", "100"],
+        ["loss", "4", "1.00", "2.00"],
+        ["together", "5.00", "100", "12.00", "83"],
+    ]
 
 
 @pytest.mark.parametrize(
