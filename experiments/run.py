@@ -247,6 +247,8 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
     processes, manager, log, resumed = run.processes, None, None, None
     with contextlib.ExitStack() as checkpoints:
         with contextlib.ExitStack() as logs:
+            agreement = Agreement(run.devices) if processes.number > 1 else None
+            stop = logs.enter_context(catch_signals(agreement))
             with processes.share_mistakes():
                 if processes.first:
                     manager = checkpoints.enter_context(checkpoint.open_checkpoints(workdir / "checkpoints"))
@@ -260,8 +262,6 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
                         print(f"going on after {step} updates: stage {progress.stage}, {place}")
                     log = logs.enter_context(open_log(run, rows, step, checksum))
             resumed = share_resumed(run, resumed)
-            agreement = Agreement(run.devices) if processes.number > 1 else None
-            stop = logs.enter_context(catch_signals(agreement))
             # One function for all splits and stages: it compiles once where the labels' sizes agree.
             evaluate = make_evaluate(run, stop)
             train_stages(run, resumed, lambda variables: evaluate(variables, "val"), Records(manager, log, meta, stop))
