@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.prepare import Run, count_classes
-from jaxseg import metrics, plots, summary, train
+from jaxseg import metrics, summary, train
 from jaxseg.data import loader
 from jaxseg.data.labels import Labels
 from jaxseg.files import replacing
@@ -106,6 +106,9 @@ def draw(run: Run, variables: Any, confusion: np.ndarray, title: str) -> None:
 
 
 def _draw(run: Run, variables: Any, confusion: np.ndarray, title: str) -> None:
+    # Imported only now: matplotlib takes half a second, and training need not wait for it.
+    from jaxseg import plots
+
     directory = run.settings.workdir / "figures"
     directory.mkdir(exist_ok=True)
     history = []

@@ -581,6 +581,7 @@ def test_a_run_that_does_not_fit_is_refused(run, segmenter, tmp_path):
     workdir, _ = run
     message = refusal(load_model, "resnet18", workdir, segmenter(7))
     assert "params.head.kernel is (1, 1, 16, 5) and should be (1, 1, 16, 7)" in message and str(workdir) in message
+    assert "should be (1, 1, 16, 3)" in refusal(load_model, "resnet18", workdir, segmenter(3))
     assert "params.head.bias" in message and "--weights-scope encoder" in message and "as many classes" in message
     model = Segmenter(ResNet(), ImprovedDecoder(5))
     improved = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
