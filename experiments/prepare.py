@@ -1,8 +1,6 @@
 """From settings to everything a run needs, opened and checked before any training."""
 
 import dataclasses
-import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from experiments.datasets import find_data
 from experiments.processes import ALONE, Processes
 from experiments.settings import Settings
 from jaxseg import pretrained, train
-from jaxseg.data import folder, loader, shapes
-from jaxseg.data.labels import Labels, default_colours
+from jaxseg.data import loader
+from jaxseg.data.labels import Labels
 from jaxseg.decoders import start_at_prior
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
@@ -105,40 +104,6 @@ def prepare(settings: Settings, make_decoder: MakeDecoder, processes: Processes 
         if settings.epochs[index]
     }
     return Run(settings, labels, splits, make_model, variables, stages, devices, processes)
-
-
-def find_data(settings: Settings) -> tuple[Labels, Callable[[], dict[str, Any]]]:
-    """Finds the data set that the settings name: its classes, at once, and a function that opens its splits.
-
-    Both raise as `prepare` says. The second renders the pictures or looks at every file, which can take minutes.
-    """
-    kind, _, directory = settings.dataset.partition(":")
-    if kind == "shapes":
-        colours = ((0, 0, 0), *default_colours(len(shapes.NAMES) - 1))
-        return Labels(shapes.NAMES, colours), lambda: shapes.open_shapes(settings.data_dir)
-    labels, splits = folder.open_folder(pathlib.Path(directory), settings.num_classes)
-
-    def check_splits() -> dict[str, Any]:
-        say_what_is_not_there(folder.check_folder(splits, labels.num_classes), labels)
-        return splits
-
-    return labels, check_splits
-
-
-def say_what_is_not_there(values: dict[str, np.ndarray], labels: Labels) -> None:
-    """Warns of classes that no training label shows; values: for each split the (256,) bool of its labels' values.
-
-    Raises:
-      ValueError: the labels of training or validation are ignored altogether.
-    """
-    for split in ("train", "val"):
-        if not values[split][: labels.num_classes].any():
-            raise ValueError(f"every pixel of the {split} labels is 255, which is ignored: save classes as 0, 1, ...")
-    missing = [name for name, there in zip(labels.names, values["train"], strict=False) if not there]
-    if missing:
-        only = np.flatnonzero(values["train"]).tolist() == [0, 255]
-        hint = "; its labels hold only 0 and 255, which is ignored: save a mask's 255 as 1" if only else ""
-        print(f"warning: no label of the training split shows {', '.join(missing)}{hint}", file=sys.stderr)
 
 
 def initialise(model: nn.Module, settings: Settings) -> Any:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from experiments.datasets import KINDS, DataOptions, check_options, short_name, split_dataset
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -44,16 +46,9 @@ _FREE = {"boundary_iou", "data_dir", "workdir", "save_minutes", "summary", "debu
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(DataOptions):
     """Settings of a run. An option left at None takes the value of the data set's recipe."""
 
-    dataset: str = "shapes"
-    """What to train on: `shapes` (renders its own pictures) or `folder:DIR`, where DIR holds
-    {train,val,test}/{img,seg} with a PNG label of the same stem for each image; test may be missing."""
-    num_classes: int | None = None
-    """Number of classes of a folder without a classes.txt (labels 0 to num_classes - 1; 255 is ignored)."""
-    data_dir: pathlib.Path = pathlib.Path("data")
-    """Where data sets that the program prepares itself are kept."""
     encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
     """The encoder, with torchvision's geometry."""
     weights: str | None = None
@@ -141,7 +136,7 @@ def parse(name: str, description: str, argv: list[str] | None = None) -> Setting
 def _list_recipes(name: str) -> str:
     """An experiment's recipes as its --help gives them."""
     lines = ["What an option with the default None is, for each kind of data set:"]
-    for kind in ("shapes", "folder"):
+    for kind in KINDS:
         values = dataclasses.asdict(RECIPES[name, kind])
         texts = {option: " ".join(map(str, x)) if isinstance(x, tuple) else str(x) for option, x in values.items()}
         options = " ".join(f"--{option.replace('_', '-')} {text}" for option, text in texts.items())
@@ -151,10 +146,7 @@ def _list_recipes(name: str) -> str:
 
 def complete(settings: Settings, name: str) -> Settings:
     """Fills in the recipe and the workdir, and checks every value; raises ValueError as `parse` says."""
-    kind, _, directory = settings.dataset.partition(":")
-    if (name, kind) not in RECIPES or (kind == "folder") != bool(directory) or settings.dataset.endswith(":"):
-        meant = f"folder:{settings.dataset}" if pathlib.Path(settings.dataset).is_dir() else "folder:DIR"
-        raise ValueError(f"unknown --dataset {settings.dataset!r}: use shapes or {meant}")
+    kind, _ = split_dataset(settings.dataset)
     if not settings.weights and (kind != "shapes" or settings.weights is not None):
         raise ValueError(
             "--weights is missing: give imagenet, a .pth, .pt or .safetensors file, the workdir of a run or one of its"
@@ -166,13 +158,11 @@ def complete(settings: Settings, name: str) -> Settings:
         values["weights"] = "none"
     if settings.workdir is None:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        values["workdir"] = pathlib.Path("runs") / f"{name}-{_slug(settings.dataset)}-{now}"
+        values["workdir"] = pathlib.Path("runs") / f"{name}-{short_name(settings.dataset)}-{now}"
     settings = dataclasses.replace(settings, **values)
     _check(settings)
     if name == "baseline" and any(settings.dropout):
         raise ValueError("--dropout is for the improved model: the baseline has none")
-    if kind != "folder" and settings.num_classes is not None:
-        raise ValueError(f"--num-classes is for folders: {kind} has its own classes")
     return settings
 
 
@@ -196,11 +186,6 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         for name in sorted((there.keys() | here.keys()) - _FREE)
         if there.get(name) != here.get(name)
     ]
-
-
-def _slug(dataset: str) -> str:
-    kind, _, folder = dataset.partition(":")
-    return pathlib.Path(folder).resolve().name if folder else kind
 
 
 def _check(settings: Settings) -> None:
@@ -227,8 +212,7 @@ def _check(settings: Settings) -> None:
     if settings.weights_scope == "all" and settings.weights in ("none", "imagenet"):
         raise ValueError(f"--weights-scope all: --weights {settings.weights} has no decoder, name the workdir of a run")
     _check_processes(settings)
-    if settings.num_classes is not None and not 2 <= settings.num_classes <= 255:
-        raise ValueError(f"--num-classes must be from 2 to 255, not {settings.num_classes}")
+    check_options(settings)
 
 
 def _check_processes(settings: Settings) -> None:

@@ -20,7 +20,8 @@ from PIL import Image
 
 from experiments import baseline, improved
 from experiments import prepare as preparing
-from experiments.prepare import find_data, prepare
+from experiments.datasets import find_data
+from experiments.prepare import prepare
 from experiments.run import how_to_go_on
 from experiments.settings import Settings, complete, parse, to_json
 from jaxseg import checkpoint

@@ -54,7 +54,7 @@ def test_matplotlib_is_imported_by_plots_only_and_jax_not_by_data():
         for name, imported in modules(package):
             roots = {other.split(".")[0] for other in imported}
             assert ("matplotlib" in roots) <= name.startswith("jaxseg.plots."), name
-            if name.startswith("jaxseg.data") or name == "experiments.settings":
+            if name.startswith("jaxseg.data") or name in ("experiments.datasets", "experiments.settings"):
                 assert not roots & {"jax", "flax", "tensorflow"}, name
 
 

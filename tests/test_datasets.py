@@ -1,0 +1,56 @@
+"""From the name of a data set, as every command takes it, to its examples."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.datasets import KINDS, DataOptions, find_data, short_name
+from experiments.settings import RECIPES
+from jaxseg.data import shapes
+
+
+def test_every_kind_has_a_recipe_for_every_experiment():
+    assert set(RECIPES) == {(name, kind) for name in ("baseline", "improved") for kind in KINDS}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, values in (("train", (0, 1)), ("val", (1, 1))):
+        for part in ("img", "seg"):
+            (tmp_path / split / part).mkdir(parents=True)
+        Image.new("RGB", (2, 1)).save(tmp_path / split / "img" / "a.png")
+        Image.fromarray(np.array([values], np.uint8)).save(tmp_path / split / "seg" / "a.png")
+    return tmp_path
+
+
+def test_one_split_can_be_opened_without_looking_at_the_others(folder):
+    (folder / "train" / "img" / "a.png").write_bytes(b"bad")
+    labels, open_splits = find_data(DataOptions(f"folder:{folder}", 2), ("val",))
+    assert labels.num_classes == 2
+    assert {name: len(source) for name, source in open_splits().items()} == {"val": 1}
+    with pytest.raises(ValueError, match=r"train/img/a\.png"):
+        find_data(DataOptions(f"folder:{folder}", 2))[1]()
+
+
+def test_shapes_are_rendered_only_when_the_splits_are_opened(tmp_path, monkeypatch):
+    config = shapes.ShapesConfig(counts=(2, 1, 1), height=32, width=32)
+    open_shapes = shapes.open_shapes
+    monkeypatch.setattr(shapes, "open_shapes", lambda data_dir: open_shapes(data_dir, config))
+    labels, open_splits = find_data(DataOptions(data_dir=tmp_path / "data"), ("test", "val"))
+    assert labels.names == shapes.NAMES and not (tmp_path / "data").exists()
+    assert {name: len(source) for name, source in open_splits().items()} == {"test": 1, "val": 1}
+
+
+def test_options_that_do_not_fit_are_refused_before_any_file_is_looked_at(tmp_path):
+    for options, said in (
+        (DataOptions(f"{tmp_path}"), f"use shapes or folder:{tmp_path}"),
+        (DataOptions("folder:"), "use shapes or folder:DIR"),
+        (DataOptions("shapes", 3), "--num-classes is for folders"),
+        (DataOptions("folder:nowhere", 1), "--num-classes must be from 2 to 255, not 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            find_data(options)
+
+
+def test_results_are_called_after_the_data_set(folder):
+    assert short_name("shapes") == "shapes" and short_name(f"folder:{folder}/") == folder.name
