@@ -16,10 +16,14 @@ ALLOWED = {
     "jaxseg.log": {"jaxseg.files"},
     "jaxseg.plots.page": {"jaxseg.files"},
     "jaxseg.train": {"jaxseg.augment", "jaxseg.boundary", "jaxseg.losses", "jaxseg.metrics"},
-    "jaxseg.plots.__init__": {f"jaxseg.plots.{name}" for name in ("architecture", "filtering", "page", "runs")},
+    "jaxseg.plots.__init__": {
+        f"jaxseg.plots.{name}" for name in ("architecture", "confusion", "curves", "filtering", "page", "pictures")
+    },
     "jaxseg.plots.architecture": {"jaxseg.plots.page"},
+    "jaxseg.plots.confusion": {"jaxseg.plots.page"},
+    "jaxseg.plots.curves": {"jaxseg.plots.page"},
     "jaxseg.plots.filtering": {"jaxseg.plots.page"},
-    "jaxseg.plots.runs": {"jaxseg.plots.page"},
+    "jaxseg.plots.pictures": {"jaxseg.plots.page"},
     "jaxseg.data.folder": {"jaxseg.data.labels"},
     "jaxseg.data.loader": {"jaxseg.data.labels"},
     "jaxseg.data.shapes": {"jaxseg.data.labels"},

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from jaxseg import metrics, plots
-from jaxseg.plots import runs
+from jaxseg.plots import confusion as matrix
+from jaxseg.plots import curves, pictures
 
 COLOURS = ((0, 0, 0), (200, 0, 0), (0, 180, 0), (0, 0, 220))
 NAMES = ("background", "red thing", "green thing", "blue thing")
@@ -176,18 +177,18 @@ def test_training_rings_the_best_epoch(tmp_path):
 
 
 def test_moving_average_keeps_a_constant_and_lessens_noise():
-    np.testing.assert_allclose(runs._moving_average(np.full(300, 2.5)), 2.5)
+    np.testing.assert_allclose(curves._moving_average(np.full(300, 2.5)), 2.5)
     noise = np.random.default_rng(0).normal(size=1000)
-    smooth = runs._moving_average(noise)
+    smooth = curves._moving_average(noise)
     assert smooth.shape == noise.shape and smooth.std() < 0.4
-    np.testing.assert_array_equal(runs._moving_average([3.0, 1.0]), [3.0, 1.0])
+    np.testing.assert_array_equal(curves._moving_average([3.0, 1.0]), [3.0, 1.0])
     # A straight line stays one where the window is whole.
-    np.testing.assert_allclose(runs._moving_average(np.arange(100.0))[10:-10], np.arange(100.0)[10:-10])
+    np.testing.assert_allclose(curves._moving_average(np.arange(100.0))[10:-10], np.arange(100.0)[10:-10])
 
 
 @pytest.mark.parametrize("values", [[0.0], [0.03, 0.02], [0.41, 0.68], [0.95, 1.0], [0.0, 1.0]])
 def test_mean_iou_limits_hold_the_values(values):
-    low, high = runs._mean_iou_limits(np.array(values))
+    low, high = curves._mean_iou_limits(np.array(values))
     assert 0 <= low <= min(values) and max(values) <= high <= 1 and high - low >= 0.2 - 1e-9
 
 
@@ -212,7 +213,7 @@ def test_confusion_of_any_size(tmp_path, size):
 
 def test_confusion_draws_each_cell_by_its_share_of_the_row(tmp_path, monkeypatch):
     texts = []
-    monkeypatch.setattr(runs, "write", lambda parent, x, y, text, *args, **style: texts.append((text, x, y)))
+    monkeypatch.setattr(matrix, "write", lambda parent, x, y, text, *args, **style: texts.append((text, x, y)))
     confusion = np.array([[3000, 1000, 0, 0], [1, 999, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     confusion[0, 3] = 5
     plots.plot_confusion(confusion, NAMES, tmp_path / "confusion.png")
@@ -277,7 +278,7 @@ def test_pictures_take_each_class_from_its_own_place(scale):
     # 40 rows and 60 columns in blocks of 20: at any size the block's middle has the block's class.
     label = np.array([[1, 2, 3], [3, 255, 1]]).repeat(20, 0).repeat(20, 1)
     example = plots.Example(np.zeros((40, 60, 3), np.uint8), label, (label % 5 + 1) % 4)
-    photo, drawn, predicted = runs._pictures(example, np.array(COLOURS), scale)
+    photo, drawn, predicted = pictures._pictures(example, np.array(COLOURS), scale)
     height, width = photo.shape[:2]
     assert photo.shape == drawn.shape == predicted.shape and 3 * height == 2 * width
     assert scale <= height / 40 < max(2 * scale, scale + 1)
@@ -292,7 +293,7 @@ def test_pictures_take_each_class_from_its_own_place(scale):
 @pytest.mark.parametrize(("count", "pages"), [(0, []), (1, [1]), (4, [4]), (5, [3, 2]), (9, [3, 3, 3])])
 def test_results_are_split_over_files_of_about_equal_length(tmp_path, monkeypatch, count, pages):
     lengths = []
-    monkeypatch.setattr(runs, "_plot_results_page", lambda examples, *args: lengths.append(len(examples)))
+    monkeypatch.setattr(pictures, "_plot_results_page", lambda examples, *args: lengths.append(len(examples)))
     paths = plots.plot_results([make_example()] * count, NAMES, COLOURS, tmp_path / "results.png")
     assert lengths == pages
     assert [path.name for path in paths] == [f"results_{number + 1}.png" for number in range(len(pages))]
@@ -325,9 +326,9 @@ def test_results_refuse_a_prediction_of_another_size(tmp_path):
 
 def test_caption_lists_the_predicted_classes_by_size():
     example = make_example(4, 4)._replace(prediction=np.array([[3] * 4, [3] * 4, [0] * 4, [1, 0, 0, 0]]))
-    text = runs._caption(example, ["sky", "b", "c", "d"])
+    text = pictures._caption(example, ["sky", "b", "c", "d"])
     assert text == "predicted: d, sky, b"
-    text = runs._caption(example._replace(name="0016", mean_iou=0.25), ["sky", "b", "c", "d"])
+    text = pictures._caption(example._replace(name="0016", mean_iou=0.25), ["sky", "b", "c", "d"])
     assert text == "0016 · mIoU 0.250 · predicted: d, sky, b"
 
 

@@ -1,6 +1,8 @@
 """The figures, drawn with matplotlib: numpy arrays in, PNG files out. matplotlib is imported here and nowhere else."""
 
 from jaxseg.plots.architecture import plot_architecture
+from jaxseg.plots.confusion import plot_confusion
+from jaxseg.plots.curves import StageHistory, plot_training
 from jaxseg.plots.filtering import (
     Panel,
     choose_detail,
@@ -10,16 +12,7 @@ from jaxseg.plots.filtering import (
     signed_picture,
 )
 from jaxseg.plots.page import DPI, LUMA
-from jaxseg.plots.runs import (
-    VOID_COLOUR,
-    Example,
-    StageHistory,
-    choose_examples,
-    overlay,
-    plot_confusion,
-    plot_results,
-    plot_training,
-)
+from jaxseg.plots.pictures import VOID_COLOUR, Example, choose_examples, overlay, plot_results
 
 __all__ = [
     "DPI",

@@ -57,3 +57,20 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
     """The width in inches of a line of text of that many points."""
     font = matplotlib.font_manager.FontProperties(size=size, weight=weight)
     return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0] / DPI
+
+
+def shorten(name: str, length: int = 28) -> str:
+    """The name, or its start and an ellipsis."""
+    return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
+
+
+def wrap(text: str, width: float, size: float) -> list[str]:
+    """Breaks a text at spaces into lines of at most that many inches (a longer word stays whole)."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(longer, size) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,169 @@
+"""Training curves: loss and validation mIoU."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib.axes
+import matplotlib.ticker
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxseg.plots.page import (
+    BLUE,
+    FAINT,
+    INK,
+    MUTED,
+    PAGE_WIDTH,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    VERMILION,
+    new_figure,
+    save,
+    write,
+)
+
+
+class StageHistory(NamedTuple):
+    """What one training stage recorded; all values finite.
+
+    Attributes:
+      name: for the title, such as "stage 1: encoder frozen".
+      steps: (S,) integer, the iterations that were logged.
+      losses: (S,) float, the training loss at each of them.
+      epochs: (E,) integer, the epochs after which the validation set was measured.
+      mean_ious: (E,) float in [0, 1], the validation mIoU after each of them.
+    """
+
+    name: str
+    steps: np.ndarray
+    losses: np.ndarray
+    epochs: np.ndarray
+    mean_ious: np.ndarray
+
+
+def plot_training(history: Sequence[StageHistory], directory: pathlib.Path, first: int = 1) -> list[pathlib.Path]:
+    """Draws a figure per stage: training loss per iteration beside validation mIoU per epoch.
+
+    All stages share the vertical axes, so that the figures can be read side by side; the loss axis is logarithmic if
+    the loss falls tenfold. From the second stage on a dotted line gives the best mIoU of the stages before.
+
+    Args:
+      history: the stages in order.
+      directory: an existing folder; receives training_stage_1.png, training_stage_2.png, ...
+      first: the first stage's number in the files' names.
+
+    Returns:
+      The files written.
+    """
+    losses = np.concatenate([np.zeros(0), *(np.asarray(stage.losses, float) for stage in history)])
+    trend = np.concatenate([np.zeros(0), *(_moving_average(stage.losses) for stage in history)])
+    log_scale = losses.size > 0 and losses.min() > 0 and trend.max() >= 10 * trend.min()
+    loss_limits = _loss_limits(losses, log_scale)
+    mean_iou_limits = _mean_iou_limits(np.concatenate([np.zeros(0), *(stage.mean_ious for stage in history)]))
+    paths, best_before = [], None
+    for index, stage in enumerate(history, start=first):
+        figure = new_figure(PAGE_WIDTH, 2.75)
+        write(figure, 0.09, 0.955, stage.name, TITLE_SIZE, weight="bold", va="top")
+        _plot_loss(_panel(figure, (0.09, 0.16, 0.385, 0.63)), stage, loss_limits, log_scale)
+        _plot_mean_iou(_panel(figure, (0.6, 0.16, 0.385, 0.63)), stage, mean_iou_limits, best_before)
+        if len(stage.mean_ious):
+            best_before = max(float(np.max(stage.mean_ious)), best_before or 0.0)
+        paths.append(directory / f"training_stage_{index}.png")
+        save(figure, paths[-1])
+    return paths
+
+
+def _panel(figure: Figure, position: tuple[float, float, float, float]) -> matplotlib.axes.Axes:
+    """Axes in the style of the curves: two spines, faint horizontal lines."""
+    axes = figure.add_axes(position)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(which="both", labelsize=SMALL_SIZE, colors=MUTED, labelcolor=INK, length=3, width=0.6)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _subtitle(axes: matplotlib.axes.Axes, text: str) -> None:
+    """A note on top of a panel, where it can't cover a curve."""
+    write(axes, 0, 1.04, text, SMALL_SIZE, color=MUTED, transform=axes.transAxes)
+
+
+def _moving_average(values: np.ndarray) -> np.ndarray:
+    """The centred, weighted mean over about a twentieth of the values, over fewer at both ends."""
+    values = np.asarray(values, dtype=np.float64)
+    window = len(values) // 40 * 2 + 1
+    if window == 1:
+        return values
+    weights = np.hanning(window + 2)[1:-1]
+    return np.convolve(values, weights, "same") / np.convolve(np.ones(len(values)), weights, "same")
+
+
+def _loss_limits(losses: np.ndarray, log_scale: bool) -> tuple[float, float]:
+    """A little beyond the smallest and the largest loss."""
+    if not losses.size:
+        return 0.0, 1.0
+    low, high = losses.min(), losses.max()
+    if log_scale:
+        return low / 1.15, high * 1.15
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 0.1
+    return low - margin, high + margin
+
+
+def _plot_loss(axes: matplotlib.axes.Axes, stage: StageHistory, limits: tuple[float, float], log_scale: bool) -> None:
+    """The loss of each logged iteration, light, and its moving average."""
+    axes.set_xlabel("iteration", fontsize=TEXT_SIZE, color=INK)
+    axes.set_ylabel("training loss", fontsize=TEXT_SIZE, color=INK)
+    axes.xaxis.set_major_locator(_whole_numbers())
+    if log_scale:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.set_ylim(*limits)
+    smooth = _moving_average(stage.losses)
+    if np.array_equal(smooth, stage.losses):
+        axes.plot(stage.steps, stage.losses, color=BLUE, linewidth=1.2, marker="o", markersize=3)
+        return
+    axes.plot(stage.steps, stage.losses, color=BLUE, linewidth=0.6, alpha=0.35)
+    axes.plot(stage.steps, smooth, color=BLUE, linewidth=1.6)
+    _subtitle(axes, "light: as logged; dark: running mean")
+
+
+def _whole_numbers() -> matplotlib.ticker.MaxNLocator:
+    """Places ticks at whole numbers only, however short the axis."""
+    return matplotlib.ticker.MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+
+
+def _mean_iou_limits(mean_ious: np.ndarray) -> tuple[float, float]:
+    """Tenths around the values, at least two of them apart, inside [0, 1]."""
+    if not mean_ious.size:
+        return 0.0, 1.0
+    low, high = np.floor(10 * mean_ious.min()), np.ceil(10 * mean_ious.max())
+    low = min(low, high - 2) if high >= 2 else 0.0
+    return low / 10, max(high, 2) / 10
+
+
+def _plot_mean_iou(
+    axes: matplotlib.axes.Axes, stage: StageHistory, limits: tuple[float, float], best_before: float | None
+) -> None:
+    """The validation mIoU after each epoch, the best one ringed and named."""
+    axes.set_xlabel("epoch", fontsize=TEXT_SIZE, color=INK)
+    axes.set_ylabel("validation mIoU", fontsize=TEXT_SIZE, color=INK)
+    axes.set_ylim(*limits)
+    axes.yaxis.set_major_locator(matplotlib.ticker.MultipleLocator(0.1 if limits[1] - limits[0] > 0.25 else 0.05))
+    axes.xaxis.set_major_locator(_whole_numbers())
+    if not len(stage.epochs):
+        return
+    axes.set_xlim(np.min(stage.epochs) - 0.5, np.max(stage.epochs) + 0.5)
+    axes.plot(stage.epochs, stage.mean_ious, color=BLUE, linewidth=1.4, marker="o", markersize=3.5, clip_on=False)
+    best = int(np.argmax(stage.mean_ious))
+    ring = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.4}
+    axes.plot(stage.epochs[best], stage.mean_ious[best], color=VERMILION, clip_on=False, **ring)
+    note = f"best: {stage.mean_ious[best]:.3f} after epoch {stage.epochs[best]:g}"
+    if best_before is not None:
+        axes.axhline(best_before, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+        note += f"; dotted: {best_before:.3f}, best before"
+    _subtitle(axes, note)
