@@ -76,7 +76,7 @@ def run(settings: Settings) -> None:
     """
     # Imported only now: jax takes seconds, and --help must not wait for it.
     from jaxseg import plots
-    from jaxseg.data.folder import read_image
+    from jaxseg.data.images import read_image
 
     if len(settings.more_sigmas) > 3:
         raise ValueError(f"--more-sigmas takes at most 3 values, not {len(settings.more_sigmas)}")

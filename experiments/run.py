@@ -23,7 +23,7 @@ from experiments.stages import Records, resume, share_resumed, train_stages
 from experiments.stop import Stop, Terminated, catch_signals, interrupted_by_sigterm
 from jaxseg import boundary, checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
-from jaxseg.data.folder import UnreadableFileError
+from jaxseg.data.images import UnreadableFileError
 from jaxseg.files import replacing
 from jaxseg.log import MetricsLog
 

@@ -7,45 +7,18 @@ Images are JPEG or PNG of any size; labels are 8-bit grey or palette PNG whose v
 import concurrent.futures
 import os
 import pathlib
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from jaxseg.data.images import label_size, read_image, read_label
 from jaxseg.data.labels import IGNORE_LABEL, Labels, name_classes, read_classes
 
 _LAYOUT = "{train,val,test}/{img,seg}"
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 # Pictures in other formats would otherwise be passed over in silence.
 _OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".jp2", ".npy", ".ppm", ".pgm")
-# What makes an image upright, by its EXIF orientation. Pillow's `exif_transpose` would also write the EXIF data anew,
-# and fail where they are damaged.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# What Pillow raises, besides OSError, for the many ways in which a file can be damaged.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-class UnreadableFileError(ValueError):
-    """An image or a label that cannot be read; the message names it and the remedy."""
 
 
 class FolderSource:
@@ -69,12 +42,12 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         """Decodes one example.
 
-          Returns:
-            {"image": (H, W, 3) uint8 RGB, upright, "label": (H, W) uint8, "name": the stem}.
+        Returns:
+          {"image": (H, W, 3) uint8 RGB, upright, "label": (H, W) uint8, "name": the stem}.
 
-          Raises:
-            UnreadableFileError: a file cannot be read.
-        ValueError: a label is of another mode.
+        Raises:
+          UnreadableFileError: a file cannot be read.
+          ValueError: a label is of another mode.
         """
         return {
             "image": read_image(self.image_paths[index]),
@@ -90,8 +63,7 @@ class FolderSource:
         """(N, 2) int64: the height and width of each label in pixels, from the files' headers."""
         sizes = np.empty((len(self), 2), np.int64)
         for index, path in enumerate(self.label_paths):
-            with _open(path, ("PNG",)) as label:
-                sizes[index] = label.height, label.width
+            sizes[index] = label_size(path)
         return sizes
 
 
@@ -152,52 +124,6 @@ def check_folder(sources: Mapping[str, FolderSource], num_classes: int, progress
                 values[split] |= occurring
     _raise_first(mistakes)
     return values
-
-
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Reads a JPEG or PNG as 8-bit RGB, turned upright as its EXIF orientation says.
-
-    Transparent pixels are shown on white; 16-bit values keep their upper 8 bits.
-
-    Returns:
-      (H, W, 3) uint8.
-
-    Raises:
-      ValueError: the file cannot be read.
-    """
-    with _open(path, ("JPEG", "PNG")) as image:
-        try:
-            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-            rgb = _to_rgb(image)
-            return np.asarray(rgb if turn is None else rgb.transpose(turn))
-        except _DECODE_ERRORS as error:
-            raise _unreadable(path, error) from error
-
-
-def read_label(path: str | os.PathLike) -> np.ndarray:
-    """Reads a label: the values of an 8-bit grey PNG, the indices (not the colours) of a palette PNG.
-
-    Returns:
-      (H, W) uint8.
-
-    Raises:
-      ValueError: the file cannot be read, or has another mode.
-    """
-    with _open(path, ("PNG",)) as label:
-        if label.mode not in ("L", "P"):
-            raise ValueError(
-                f"{path}: a label must be an 8-bit grey or palette PNG, and this has mode {label.mode}:"
-                " save the class of each pixel as one 8-bit value"
-            )
-        # Pillow stretches grey values of 2 and 4 bits to 0..255, and would change the classes.
-        if label.mode == "L" and label.tile and label.tile[0].args != "L":
-            raise ValueError(
-                f"{path}: a grey label of fewer than 8 bits: save the class of each pixel as one 8-bit value"
-            )
-        try:
-            return np.asarray(label)
-        except _DECODE_ERRORS as error:
-            raise _unreadable(path, error) from error
 
 
 def _open_classes(root: pathlib.Path, num_classes: int | None) -> Labels:
@@ -287,29 +213,3 @@ def _find_mistake(source: FolderSource, index: int, item: dict, num_classes: int
 def _raise_first(mistakes: Sequence[str]) -> None:
     if mistakes:
         raise ValueError(mistakes[0] + (f" (the first of {len(mistakes)} mistakes)" if len(mistakes) > 1 else ""))
-
-
-def _open(path: str | os.PathLike, formats: Sequence[str]) -> Image.Image:
-    """Opens a file of one of `formats`, whatever its name says, and reads its header."""
-    try:
-        return Image.open(path, formats=formats)
-    except UnidentifiedImageError as error:  # whose message is only the path again
-        raise UnreadableFileError(
-            f"{path}: its content is not {' or '.join(formats)}; convert, replace or remove it"
-        ) from error
-    except _DECODE_ERRORS as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str | os.PathLike, error: Exception) -> UnreadableFileError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return UnreadableFileError(f"{path}: cannot be read ({reason}); replace or remove it")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 255 rather than scale
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
