@@ -23,8 +23,9 @@ class DataOptions:
     """Which data set; the settings of every command that reads one have these options."""
 
     dataset: str = "shapes"
-    """The data set: `shapes` (renders its own pictures) or `folder:DIR`, where DIR holds
-    {train,val,test}/{img,seg} with a PNG label of the same stem for each image; test may be missing."""
+    """The data set: `shapes` (renders its own pictures), `shapes:small` (few and small ones, for trials) or
+    `folder:DIR`, where DIR holds {train,val,test}/{img,seg} with a PNG label of the same stem for each image; test may
+    be missing."""
     num_classes: int | None = None
     """Number of classes of a folder without a classes.txt (labels 0 to num_classes - 1; 255 is ignored)."""
     data_dir: pathlib.Path = pathlib.Path("data")
@@ -38,16 +39,17 @@ def split_dataset(dataset: str) -> tuple[str, str]:
       ValueError: there is no such data set.
     """
     kind, _, rest = dataset.partition(":")
-    if kind not in KINDS or (kind == "folder") != bool(rest) or dataset.endswith(":"):
+    fits = rest if kind == "folder" else rest in ("", "small")
+    if kind not in KINDS or not fits or dataset.endswith(":"):
         meant = f"folder:{dataset}" if pathlib.Path(dataset).is_dir() else "folder:DIR"
         raise ValueError(f"unknown --dataset {dataset!r}: use shapes or {meant}")
     return kind, rest
 
 
 def short_name(dataset: str) -> str:
-    """What folders of results are called after: the kind, or a folder's own name."""
+    """What folders of results are called after: the data set's name, or a folder's own."""
     kind, rest = split_dataset(dataset)
-    return pathlib.Path(rest).resolve().name if kind == "folder" else kind
+    return pathlib.Path(rest).resolve().name if kind == "folder" else dataset.replace(":", "-")
 
 
 def check_options(options: DataOptions) -> None:
@@ -98,7 +100,8 @@ def _find_shapes(options: DataOptions, splits: Sequence[str]) -> tuple["Labels",
     labels = Labels(shapes.NAMES, ((0, 0, 0), *default_colours(len(shapes.NAMES) - 1)))
 
     def open_splits() -> dict[str, Any]:
-        sources = shapes.open_shapes(options.data_dir)
+        small = split_dataset(options.dataset)[1] == "small"
+        sources = shapes.open_shapes(options.data_dir, shapes.SMALL if small else None)
         return {split: sources[split] for split in splits}
 
     return labels, open_splits

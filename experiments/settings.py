@@ -36,6 +36,8 @@ RECIPES = {
     ("improved", "shapes"): Recipe((96, 128), 8, (1, 9), (1e-3, 1e-3), "cosine", 0.98, "prior", 30.0, (0.0, 0.2)),
     ("improved", "folder"): Recipe((352, 448), 8, (10, 15), (1e-3, 3e-4), "constant", 0.999, "he", 30.0, (0.0, 0.2)),
 }
+# What --quick takes instead. Stage 2 has two epochs, so that a curve of them is one.
+_QUICK = {"image_size": (64, 96), "batch_size": 8, "epochs": (1, 2)}
 
 
 # Pixels along a side; far beyond what any machine trains at.
@@ -49,6 +51,9 @@ _FREE = {"boundary_iou", "data_dir", "workdir", "save_minutes", "summary", "debu
 class Settings(DataOptions):
     """Settings of a run. An option left at None takes the value of the data set's recipe."""
 
+    quick: bool = False
+    """A trial from end to end, in a minute or a few, whose numbers mean nothing: small images, few epochs, and
+    `shapes:small` for `shapes`. Options that are given count all the same."""
     encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
     """The encoder, with torchvision's geometry."""
     weights: str | None = None
@@ -135,24 +140,32 @@ def parse(name: str, description: str, argv: list[str] | None = None) -> Setting
 
 def _list_recipes(name: str) -> str:
     """An experiment's recipes as its --help gives them."""
-    lines = ["What an option with the default None is, for each kind of data set:"]
-    for kind in KINDS:
-        values = dataclasses.asdict(RECIPES[name, kind])
+    recipes = {kind: dataclasses.asdict(_find_recipe(name, kind)) for kind in KINDS}
+    lines = ["What an option with the default None is, for each kind of data set, and with --quick:"]
+    for kind, values in {**recipes, "quick": _QUICK}.items():
         texts = {option: " ".join(map(str, x)) if isinstance(x, tuple) else str(x) for option, x in values.items()}
         options = " ".join(f"--{option.replace('_', '-')} {text}" for option, text in texts.items())
         lines.append(f"{kind}: {options}")
     return "\n\n".join(lines)
 
 
+def _find_recipe(name: str, kind: str, quick: bool = False) -> Recipe:
+    """An experiment's recipe for a kind of data set: all but the baseline start from the improved model's."""
+    recipe = RECIPES["baseline" if name == "baseline" else "improved", kind]
+    return dataclasses.replace(recipe, **_QUICK) if quick else recipe
+
+
 def complete(settings: Settings, name: str) -> Settings:
     """Fills in the recipe and the workdir, and checks every value; raises ValueError as `parse` says."""
+    if settings.quick and settings.dataset == "shapes":
+        settings = dataclasses.replace(settings, dataset="shapes:small")
     kind, _ = split_dataset(settings.dataset)
     if not settings.weights and (kind != "shapes" or settings.weights is not None):
         raise ValueError(
             "--weights is missing: give imagenet, a .pth, .pt or .safetensors file, the workdir of a run or one of its"
             " checkpoints, or none for a random encoder"
         )
-    recipe = dataclasses.asdict(RECIPES[name, kind])
+    recipe = dataclasses.asdict(_find_recipe(name, kind, settings.quick))
     values = {option: value for option, value in recipe.items() if getattr(settings, option) is None}
     if settings.weights is None:
         values["weights"] = "none"

@@ -35,15 +35,27 @@ def test_one_split_can_be_opened_without_looking_at_the_others(folder):
 def test_shapes_are_rendered_only_when_the_splits_are_opened(tmp_path, monkeypatch):
     config = shapes.ShapesConfig(counts=(2, 1, 1), height=32, width=32)
     open_shapes = shapes.open_shapes
-    monkeypatch.setattr(shapes, "open_shapes", lambda data_dir: open_shapes(data_dir, config))
+    monkeypatch.setattr(shapes, "open_shapes", lambda data_dir, _: open_shapes(data_dir, config))
     labels, open_splits = find_data(DataOptions(data_dir=tmp_path / "data"), ("test", "val"))
     assert labels.names == shapes.NAMES and not (tmp_path / "data").exists()
     assert {name: len(source) for name, source in open_splits().items()} == {"test": 1, "val": 1}
 
 
+def test_small_shapes_are_other_and_fewer_scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "SMALL", shapes.ShapesConfig(counts=(3, 1, 1), height=32, width=64))
+    labels, open_splits = find_data(DataOptions("shapes:small", data_dir=tmp_path))
+    splits = open_splits()
+    assert labels.names == shapes.NAMES and {name: len(source) for name, source in splits.items()} == {
+        "train": 3, "val": 1, "test": 1,
+    }  # fmt: skip
+    assert splits["train"][0]["image"].shape == (32, 64, 3)
+    assert short_name("shapes:small") == "shapes-small"
+
+
 def test_options_that_do_not_fit_are_refused_before_any_file_is_looked_at(tmp_path):
     for options, said in (
         (DataOptions(f"{tmp_path}"), f"use shapes or folder:{tmp_path}"),
+        (DataOptions("shapes:large"), "use shapes or folder:DIR"),
         (DataOptions("folder:"), "use shapes or folder:DIR"),
         (DataOptions("shapes", 3), "--num-classes is for folders"),
         (DataOptions("folder:nowhere", 1), "--num-classes must be from 2 to 255, not 1"),

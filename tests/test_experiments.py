@@ -220,7 +220,7 @@ def test_wrong_weights_are_refused_before_the_images_are_looked_at(folder, tmp_p
     (folder / "val" / "img" / "1.jpg").write_bytes(b"bad")
     options = ["--weights", str(tmp_path / "absent"), "--weights-scope", scope]
     assert str(tmp_path / "absent") in fails(capsys, [*arguments(folder, tmp_path / "run"), *options])
-    monkeypatch.setattr(shapes, "open_shapes", lambda _: pytest.fail("the pictures are rendered"))
+    monkeypatch.setattr(shapes, "open_shapes", lambda *_: pytest.fail("the pictures are rendered"))
     assert str(tmp_path / "absent") in fails(capsys, ["--workdir", str(tmp_path / "run"), *options])
 
 
@@ -320,6 +320,20 @@ def test_what_is_not_given_comes_from_the_recipe_of_the_data_set():
     assert report.workdir.name.startswith("baseline-street scenes-")
 
 
+def test_quick_is_seen_in_the_settings_and_yields_to_options_that_are_given(tmp_path, capsys):
+    quick = complete(Settings(quick=True), "improved")
+    assert (quick.dataset, quick.image_size, quick.epochs) == ("shapes:small", (64, 96), (1, 2))
+    usual = complete(Settings(), "improved")
+    # All that makes the experiment what it is stays.
+    for name in ("max_degrees", "dropout", "learning_rate", "schedule", "encoder"):
+        assert getattr(quick, name) == getattr(usual, name)
+    given = complete(Settings(quick=True, dataset="folder:a", weights="none", epochs=(0, 5), batch_size=2), "baseline")
+    assert (given.dataset, given.epochs, given.batch_size, given.image_size) == ("folder:a", (0, 5), 2, (64, 96))
+    (tmp_path / "config.json").write_text(json.dumps({"settings": to_json(quick)}))
+    assert baseline.main(["--workdir", str(tmp_path)]) == 2
+    assert "--quick True there, False here" in capsys.readouterr().err
+
+
 def test_help_explains_every_option_without_loading_jax():
     code = (
         "import sys; from experiments.baseline import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules)"
@@ -334,6 +348,7 @@ def test_help_explains_every_option_without_loading_jax():
         assert len(text.partition("(default")[0]) > 40, option
     # What a data set's recipe says is in it, too.
     assert "shapes: --image-size 96 128 --batch-size 8 --epochs 1 9" in words
+    assert "quick: --image-size 64 96" in words
     assert "folder: --image-size 352 448" in words
 
 

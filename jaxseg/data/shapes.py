@@ -446,6 +446,10 @@ class ShapesConfig(tfds.core.BuilderConfig):
         self.name = f"{self.height}x{self.width}_{'_'.join(map(str, self.counts))}"
 
 
+# For a trial: rendered in a moment, too few to learn much from.
+SMALL = ShapesConfig(counts=(64, 16, 16), height=64, width=96)
+
+
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """The scenes as a TFDS data set named `shapes`, in array_record files; needs no TensorFlow."""
 
