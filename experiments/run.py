@@ -154,7 +154,8 @@ def describe_run(run: Run) -> dict[str, Any]:
     """What config.json and every checkpoint say of a run, and what a run that goes on must agree with."""
     images = {split: len(source) for split, source in run.splits.items()}
     labels = {"names": list(run.labels.names), "colours": [list(colour) for colour in run.labels.colours]}
-    return {"settings": to_json(run.settings), **labels, "images": images}
+    decoder = type(run.model.decoder).__name__
+    return {"settings": to_json(run.settings), "decoder": decoder, **labels, "images": images}
 
 
 def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
@@ -180,6 +181,8 @@ def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
 
 def differ(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """In what two `describe_run` differ, as far as the second one goes."""
+    # An older version did not say which decoder it was.
+    there = {"decoder": here.get("decoder"), **there}
     return differences(there["settings"], here["settings"]) + [
         f"{name} {there[name]} there, {here[name]} here"
         for name in here.keys() - {"settings"}

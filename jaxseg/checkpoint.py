@@ -127,30 +127,36 @@ def restore_state(manager: ocp.CheckpointManager, which: str | int, template: An
     return template.replace(**restored["model"], **restored["train"])
 
 
-def read_model(run: pathlib.Path) -> Any:
-    """Reads the best model of a run that may be going on, or the one of a checkpoint; changes nothing there.
+def read_model(run: pathlib.Path, which: str | int = BEST) -> tuple[Any, dict[str, Any]]:
+    """Reads a model of a run that may be going on, or the one of a checkpoint; changes nothing there.
 
     Args:
       run: the workdir of a run or its folder of checkpoints, or one checkpoint in it, such as `checkpoints/7`. One
         that an older version saved without checksums is read too, unchecked, and a line on stderr says so.
+      which: `BEST`, `LAST` or a checkpoint's number; where `run` is one checkpoint, that one is read.
 
     Returns:
-      {'params', 'batch_stats'}, numpy arrays.
+      {'params', 'batch_stats'}, numpy arrays, and what was saved as `meta`.
 
     Raises:
-      ValueError: there is no checkpoint, or it cannot be read; in one line.
+      ValueError: there is no such checkpoint, or it cannot be read; in one line.
     """
     directory, number = (run / "checkpoints" if (run / "checkpoints").is_dir() else run).resolve(), None
     if directory.name.isdecimal() and any((directory / item).exists() for item in ("model", "meta")):
         directory, number = directory.parent, int(directory.name)
     with _without_warnings(), _open_to_read(directory) as manager:
-        number = manager.best_step() if number is None else number
+        if number is None:
+            number = {BEST: manager.best_step, LAST: manager.latest_step}.get(which, lambda: which)()
         if number is None:
             raise ValueError(
                 f"{directory} holds no checkpoint: name the workdir of a run that has finished an epoch, its folder of"
                 " checkpoints or one checkpoint in it"
             )
-        return _restore(manager, number, {"model": None}, unchecked=True)["model"]
+        if not (directory / str(number)).is_dir():
+            there = ", ".join(map(str, sorted(manager.all_steps())))
+            raise ValueError(f"{directory} has no checkpoint {number}, only {there}")
+        restored = _restore(manager, number, {"model": None}, unchecked=True)
+        return restored["model"], restored["meta"]
 
 
 def read_meta(manager: ocp.CheckpointManager, which: str | int) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def _read_run(path: Path) -> Any:
     # Here: without it this module is imported in a sixth less time, and files of weights do not need it.
     from jaxseg import checkpoint
 
-    return checkpoint.read_model(path)
+    return checkpoint.read_model(path)[0]
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

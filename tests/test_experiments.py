@@ -22,7 +22,7 @@ from experiments import baseline, improved
 from experiments import prepare as preparing
 from experiments.datasets import find_data
 from experiments.prepare import prepare
-from experiments.run import how_to_go_on
+from experiments.run import differ, how_to_go_on
 from experiments.settings import Settings, complete, parse, to_json
 from jaxseg import checkpoint
 from jaxseg.data import loader, shapes
@@ -454,3 +454,10 @@ def test_a_run_that_saved_nothing_is_not_said_to_go_on(tmp_path):
     assert "begins anew" in how_to_go_on(tmp_path)
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     assert f"--workdir {tmp_path} goes on" in how_to_go_on(tmp_path)
+
+
+def test_a_run_of_another_decoder_differs_and_an_older_one_that_does_not_say_does_not():
+    run = {"settings": {"seed": 0}, "names": ["a", "b"]}
+    assert differ(run, {**run, "decoder": "BaselineDecoder"}) == []
+    found = differ({**run, "decoder": "BaselineDecoder"}, {**run, "decoder": "ImprovedDecoder"})
+    assert found == ["decoder BaselineDecoder there, ImprovedDecoder here"]

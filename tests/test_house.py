@@ -13,6 +13,10 @@ ALLOWED = {
     "jaxseg.torchfile": {"jaxseg.torchpickle"},
     "jaxseg.decoders": {"jaxseg.layers"},
     "jaxseg.boundary": {"jaxseg.metrics"},
+    "jaxseg.inference": {
+        f"jaxseg.{name}"
+        for name in ("checkpoint", "data.labels", "data.loader", "decoders", "resnet", "segmenter", "train")
+    },
     "jaxseg.log": {"jaxseg.files"},
     "jaxseg.plots.page": {"jaxseg.files"},
     "jaxseg.train": {"jaxseg.augment", "jaxseg.boundary", "jaxseg.losses", "jaxseg.metrics"},
