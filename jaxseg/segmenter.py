@@ -32,6 +32,7 @@ class Segmenter(nn.Module):
         train: bool = False,
         freeze_encoder: bool = False,
         keys: jax.Array | None = None,
+        size: jax.Array | None = None,
     ) -> jnp.ndarray:
         """Computes the logits.
 
@@ -41,21 +42,24 @@ class Segmenter(nn.Module):
           freeze_encoder: the encoder's batch norm keeps its running statistics even in training, and no gradient
             reaches the encoder, so that its backward pass is never computed.
           keys: (N,) keys, one for each image, for what the decoder draws in training (dropout); None: it draws nothing.
+          size: see `encode`.
 
         Returns:
           logits: (N, H, W, num_classes) float32.
         """
-        features = self.encode(image, train=train and not freeze_encoder)
+        features = self.encode(image, train=train and not freeze_encoder, size=size)
         if freeze_encoder:
             features = jax.lax.stop_gradient(features)
         return self.decode(features, image.shape[1:3], train=train, keys=keys)
 
-    def encode(self, image: jnp.ndarray, train: bool = False) -> jnp.ndarray:
+    def encode(self, image: jnp.ndarray, train: bool = False, size: jax.Array | None = None) -> jnp.ndarray:
         """Computes what the decoder needs of the encoder.
 
         Args:
           image: as in `__call__`.
           train: the encoder's batch norm uses, and updates, the batch's statistics.
+          size: (N, 2) integer, the height and width of each image, where it lies in the corner of a larger canvas: what
+            is beyond counts as padding, whatever it is. See `jaxseg.data.canvases`.
 
         Returns:
           (N, ceil(H / 32), ceil(W / 32), C), of the encoder's dtype.
@@ -63,7 +67,11 @@ class Segmenter(nn.Module):
         height, width = image.shape[1:3]
         # The padding's value, 0 after normalising, is the mean colour.
         padding = ((0, 0), (0, -height % STRIDE), (0, -width % STRIDE), (0, 0))
-        return self.encoder(jnp.pad(normalise(image), padding), train=train)[STRIDE]
+        x = normalise(image)
+        if size is not None:
+            down, along = (jnp.arange(length) < size[:, axis, None] for axis, length in enumerate((height, width)))
+            x = jnp.where((down[:, :, None] & along[:, None, :])[..., None], x, 0)
+        return self.encoder(jnp.pad(x, padding), train=train)[STRIDE]
 
     def decode(
         self, features: jnp.ndarray, size: tuple[int, int], train: bool = False, keys: jax.Array | None = None

@@ -29,7 +29,7 @@ ALLOWED = {
     "jaxseg.plots.filtering": {"jaxseg.plots.page"},
     "jaxseg.plots.pictures": {"jaxseg.plots.page"},
     "jaxseg.data.folder": {"jaxseg.data.images", "jaxseg.data.labels"},
-    "jaxseg.data.loader": {"jaxseg.data.labels"},
+    "jaxseg.data.loader": {"jaxseg.data.canvases", "jaxseg.data.labels"},
     "jaxseg.data.shapes": {"jaxseg.data.labels"},
 }
 
