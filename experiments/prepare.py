@@ -24,6 +24,8 @@ _UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 # (num_classes, dropout_rate) -> decoder.
 MakeDecoder = Callable[[int, float], nn.Module]
+# As `experiments.datasets.find_data`.
+FindData = Callable[[Settings], tuple[Labels, Callable[[], dict[str, Any]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +58,16 @@ class Run:
         return self.make_model(0.0)
 
 
-def prepare(settings: Settings, make_decoder: MakeDecoder, processes: Processes = ALONE) -> Run:
+def prepare(
+    settings: Settings, make_decoder: MakeDecoder, processes: Processes = ALONE, find_data: FindData = find_data
+) -> Run:
     """Opens the data and the weights and checks that all fits, before any training.
 
     Args:
       settings: complete settings.
       make_decoder: (num_classes, dropout_rate) -> decoder.
       processes: the processes of the run; each calls it, and none waits here for the others.
+      find_data: finds the data set.
 
     Raises:
       ValueError: something does not fit; the message is one line for the user.

@@ -15,7 +15,8 @@ import numpy as np
 from absl import logging as absl_logging
 
 from experiments.compiled import keep_compiled_programs
-from experiments.prepare import MakeDecoder, Run, prepare
+from experiments.datasets import find_data
+from experiments.prepare import FindData, MakeDecoder, Run, prepare
 from experiments.processes import Agreement, Mistake, Processes, start
 from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, differences, to_json
@@ -35,6 +36,20 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
       settings: complete settings.
       make_decoder: (num_classes, dropout_rate) -> decoder.
     """
+    return work_together(settings, lambda processes, settings: run_once(processes, settings, make_decoder))
+
+
+def work_together(settings: Settings, work: Callable[[Processes, Settings], int | None]) -> int:
+    """Connects the processes and lets each of them work; what ends that early is said in a line.
+
+    Args:
+      settings: complete settings.
+      work: takes the processes and the settings, in which the first process' workdir stands; returns None or, when all
+        is saved, the number of the signal that stopped it.
+
+    Returns:
+      The exit code.
+    """
     absl_logging.set_verbosity(absl_logging.ERROR)
     keep_compiled_programs()
     try:
@@ -46,7 +61,7 @@ def run(settings: Settings, make_decoder: MakeDecoder) -> int:
     try:
         # Not jax.config.update: what is compiled already would then be searched no more.
         with processes.silence_others(), interrupted_by_sigterm(), jax.debug_nans(settings.debug_nans):
-            code = run_in(processes, settings, make_decoder)
+            code = work_in(processes, settings, work)
     except BrokenPipeError:  # whoever read what is printed has enough of it, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -62,32 +77,19 @@ def find_devices() -> None:
         raise ValueError(f"JAX finds no device{asked} ({(str(error).splitlines() or [repr(error)])[0]})") from error
 
 
-def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) -> int:
-    """`run`, once the processes are connected."""
+def work_in(processes: Processes, settings: Settings, work: Callable[[Processes, Settings], int | None]) -> int:
+    """`work_together`, once the processes are connected."""
     # The first one writes; the others may have been given another folder, or none, and must evaluate as often as it.
     written = {"workdir": str(settings.workdir), "boundary_iou": settings.boundary_iou}
     written = json.loads(processes.from_first(json.dumps(written)))
     settings = dataclasses.replace(settings, **{**written, "workdir": pathlib.Path(written["workdir"])})
     try:
-        prepared = prepare_in_turn(processes, settings, make_decoder)
-        if settings.summary:
-            print(summary.format_summary(summary.list_layers(prepared.model, settings.image_size)))
-            return 0
-        with contextlib.ExitStack() as stack:
-            meta = describe_run(prepared)
-            with processes.share_mistakes():
-                if processes.first:
-                    stack.enter_context(claim_workdir(settings.workdir, meta))
-            try:
-                stopped = execute(prepared, meta)
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                print(f"error: {error}; {how_to_go_on(settings.workdir)}", file=sys.stderr)
-                return 1
-            processes.wait_for_all()
+        stopped = work(processes, settings)
     except BrokenPipeError:
         raise
+    except UnfinishedError as error:
+        print(f"error: {error}; {how_to_go_on(settings.workdir)}", file=sys.stderr)
+        return 1
     except (Mistake, UnreadableFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -116,14 +118,59 @@ def run_in(processes: Processes, settings: Settings, make_decoder: MakeDecoder) 
     return 0
 
 
+def run_once(
+    processes: Processes, settings: Settings, make_decoder: MakeDecoder, find_data: FindData = find_data
+) -> int | None:
+    """One run in one workdir; several may follow each other.
+
+    Args:
+      processes: the processes of the run, connected.
+      settings: complete settings, with the first process' workdir.
+      make_decoder: (num_classes, dropout_rate) -> decoder.
+      find_data: finds the data set, as `experiments.datasets.find_data`.
+
+    Returns:
+      None, or the number of the signal that stopped it once all was saved.
+
+    Raises:
+      Mistake: something does not fit.
+      OSError: a file or folder cannot be read, or the workdir not be made.
+      UnfinishedError: a file cannot be written.
+      DivergedError: the loss or a parameter is not finite.
+    """
+    prepared = prepare_in_turn(processes, settings, make_decoder, find_data)
+    if settings.summary:
+        print(summary.format_summary(summary.list_layers(prepared.model, settings.image_size)))
+        return None
+    with contextlib.ExitStack() as stack:
+        meta = describe_run(prepared)
+        with processes.share_mistakes():
+            if processes.first:
+                stack.enter_context(claim_workdir(settings.workdir, meta))
+        try:
+            stopped = execute(prepared, meta)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UnfinishedError(str(error)) from error
+        processes.wait_for_all()
+    return stopped
+
+
+class UnfinishedError(Exception):
+    """What began can be gone on with, when a person has put right what this says in a line."""
+
+
 def how_to_go_on(workdir: pathlib.Path) -> str:
     """What a person can do after a run has ended early."""
-    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+    # Of a run, or of the runs of an experiment of several.
+    saved = [*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*")]
+    if any(path.name.isdigit() for path in saved):
         return f"the same command with --workdir {workdir} goes on from the last checkpoint"
     return "nothing was saved yet: the same command begins anew"
 
 
-def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: MakeDecoder) -> Run:
+def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: MakeDecoder, find_data: FindData) -> Run:
     """Prepares in the first process, which may render or download, then in the others, and makes sure that all agree.
 
     Raises:
@@ -134,10 +181,10 @@ def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: Make
     with processes.share_mistakes():
         if processes.first:
             check_workdir(settings.workdir, {"settings": to_json(settings)})
-            prepared = prepare(settings, make_decoder, processes)
+            prepared = prepare(settings, make_decoder, processes, find_data)
     with processes.share_mistakes():
         if not processes.first:
-            prepared = prepare(settings, make_decoder, processes)
+            prepared = prepare(settings, make_decoder, processes, find_data)
     check_equal(processes, describe_run(prepared))
     return dataclasses.replace(prepared, variables=processes.arrays_from_first(prepared.variables))
 

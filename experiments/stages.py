@@ -26,6 +26,14 @@ from jaxseg.log import MetricsLog, read_metrics
 _SHOWN = 64
 
 
+class DivergedError(FloatingPointError):
+    """The loss or a parameter is not finite: what a person can do, and `step`, the update after which it was seen."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """Where a run stands: what its checkpoints hold besides the state.
@@ -119,7 +127,7 @@ def train_stages(
       records: where to write.
 
     Raises:
-      FloatingPointError: the loss or a parameter is not finite.
+      DivergedError: the loss or a parameter is not finite.
       OSError: a checkpoint cannot be written.
     """
     state, progress = resumed or (None, Progress(min(run.stages)))
@@ -300,7 +308,8 @@ def _explained(
         index = () if update.index is None else update.index
         names = [run.splits["train"][int(place)]["name"] for place in index[:_SHOWN]]
         more = ", ..." if len(index) > _SHOWN else ""
-        raise FloatingPointError(
+        raise DivergedError(
             f"{error} ({stage.name}, learning rate {rates[update.step - 1 - first_step]:g}; images {', '.join(names)}"
-            f"{more}): lower the learning rate, look at these images, or find the operation with --debug-nans"
+            f"{more}): lower the learning rate, look at these images, or find the operation with --debug-nans",
+            update.step,
         ) from None

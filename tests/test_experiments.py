@@ -385,7 +385,7 @@ def executed(monkeypatch, folder, tmp_path):
 
     def run_with(execute):
         monkeypatch.setattr("experiments.run.execute", execute)
-        monkeypatch.setattr("experiments.run.prepare_in_turn", lambda _, settings, __: settings)
+        monkeypatch.setattr("experiments.run.prepare_in_turn", lambda _, settings, *__: settings)
         monkeypatch.setattr("experiments.run.describe_run", lambda settings: {"settings": to_json(settings)})
         return baseline.main(arguments(folder, tmp_path / "run"))
 
