@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxseg.augment import random_rotate
 from jaxseg.boundary import boundary_confusion, boundary_width
+from jaxseg.enlarge import enlarge
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.metrics import confusion_matrix, mean_iou
 
@@ -181,9 +182,8 @@ def encode_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array:
 def predict_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array:
     """Classifies every pixel at its label's own size.
 
-    The logits are enlarged bilinearly with half-pixel centres, as `torch.nn.functional.interpolate(...,
-    align_corners=False)` does, each image to its own `label_size`, in the corner of a canvas that all share: so
-    labels of many sizes take one compilation.
+    The logits are enlarged bilinearly (see `jaxseg.enlarge`), each image's to its own `label_size`, in the corner of a
+    canvas that all share: so labels of many sizes take one compilation.
 
     Args:
       variables: {'params', 'batch_stats'}.
@@ -196,20 +196,16 @@ def predict_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array
     logits = model.apply(variables, batch["image"])
     height, width = batch["label"].shape[1:]
     rows = max(min(_ENLARGED_AT_ONCE // (width * logits.shape[-1]), height), 1)
-    block = (rows, width, logits.shape[-1])
+    block = (rows, width)
 
     def classify(logits_and_size: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits, size = logits_and_size
-        scale = size.astype(jnp.float32) / jnp.array(logits.shape[:2], jnp.float32)
+        logits, own_size = logits_and_size
 
         def classify_rows(first: jax.Array) -> jax.Array:
-            up = jnp.array([-first, 0.0])
-            enlarged = jax.image.scale_and_translate(
-                logits, block, (0, 1), scale, up, method="linear", antialias=False, precision="highest"
-            )
+            enlarged = enlarge(logits, jnp.array(logits.shape[:2]), own_size, jnp.stack([first, 0]), block)
             return enlarged.argmax(-1).astype(jnp.int32)
 
-        blocks = jax.lax.map(classify_rows, jnp.arange(0, height, rows, dtype=jnp.float32))
+        blocks = jax.lax.map(classify_rows, jnp.arange(0, height, rows))
         return blocks.reshape(-1, width)[:height]
 
     # One image at a time, and of a large one some rows: the enlarged logits are many times larger than all else.

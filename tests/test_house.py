@@ -19,7 +19,7 @@ ALLOWED = {
     },
     "jaxseg.log": {"jaxseg.files"},
     "jaxseg.plots.page": {"jaxseg.files"},
-    "jaxseg.train": {"jaxseg.augment", "jaxseg.boundary", "jaxseg.losses", "jaxseg.metrics"},
+    "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "enlarge", "losses", "metrics")},
     "jaxseg.plots.__init__": {
         f"jaxseg.plots.{name}" for name in ("architecture", "confusion", "curves", "filtering", "page", "pictures")
     },
