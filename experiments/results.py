@@ -138,15 +138,17 @@ def _draw(run: Run, variables: Any, confusion: np.ndarray, title: str) -> None:
 
 def predict(run: Run, variables: Any, source: Any) -> list[np.ndarray]:
     """The class map of each image of a source, (h, w) int32 at its label's size."""
-    step_fn = functools.partial(train.predict_step, model=run.model)
+    settings = run.settings
+    native = settings.eval_size == "native"
     # Of several processes only one draws: the others' devices take no part.
     devices = train.local_devices(run.devices)
+    step_fn = functools.partial(train.predict_step, model=run.model, native=native)
     step_fn = train.pmap_step(step_fn, devices, per_image=True)
     variables = train.replicate(variables, devices)
-    settings, maps = run.settings, []
-    batches = loader.eval_batches(source, image_size=settings.image_size, batch_size=settings.batch_size)
+    image_size, maps = None if native else settings.image_size, {}
+    batches = loader.eval_batches(source, image_size=image_size, batch_size=settings.batch_size)
     for batch in train.batches_on_devices(batches, devices):
-        prediction = np.asarray(step_fn(variables, batch))
-        maps.extend(prediction.reshape(-1, *prediction.shape[2:]))
+        together = (np.asarray(x).reshape(-1, *x.shape[2:]) for x in (batch["index"], step_fn(variables, batch)))
+        maps |= dict(zip(*together, strict=True))
     sizes = source.label_sizes()
-    return [classes[:height, :width] for classes, (height, width) in zip(maps, sizes, strict=False)]
+    return [maps[index][:height, :width] for index, (height, width) in enumerate(sizes)]

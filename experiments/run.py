@@ -103,7 +103,9 @@ def work_in(processes: Processes, settings: Settings, work: Callable[[Processes,
         return 143 if isinstance(signal, Terminated) else 130
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            print(f"error: not enough memory: give a smaller --batch-size or --image-size ({error})", file=sys.stderr)
+            smaller = "a smaller --batch-size or --image-size"
+            smaller += ", or --eval-size fixed" if settings.eval_size == "native" else ""
+            print(f"error: not enough memory: give {smaller} ({error})", file=sys.stderr)
             return 1
         if processes.number == 1:
             raise
@@ -373,8 +375,10 @@ def finish(run: Run, variables: Any, saved: dict[str, Any], evaluate: Callable[[
 
 def make_evaluate(run: Run, stop: Stop, boundary: bool = False) -> Callable[[Any, str], np.ndarray | None]:
     """Builds the evaluation of variables on a split of the run's data; it breaks off with None if asked to stop."""
-    evaluate = train.make_evaluate(run.model, run.labels.num_classes, run.devices, boundary=boundary)
-    sizes = {"image_size": run.settings.image_size, "batch_size": run.settings.batch_size}
+    native = run.settings.eval_size == "native"
+    options = {"native": native, "boundary": boundary}
+    evaluate = train.make_evaluate(run.model, run.labels.num_classes, run.devices, **options)
+    sizes = {"image_size": None if native else run.settings.image_size, "batch_size": run.settings.batch_size}
 
     def evaluate_split(variables: Any, split: str) -> np.ndarray | None:
         batches = loader.eval_batches(run.splits[split], part=run.processes.part, **sizes)

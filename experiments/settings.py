@@ -64,7 +64,10 @@ class Settings(DataOptions):
     weights_scope: Literal["encoder", "all"] = "encoder"
     """What is taken from a run given as --weights: its encoder, or the decoder too (`all`)."""
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels to which images are resized for training and validation."""
+    """Height and width in pixels to which images are resized for training and evaluation."""
+    eval_size: Literal["fixed", "native"] = "fixed"
+    """The size at which images are evaluated: `fixed`, resized to --image-size; or `native`, each at its own. Labels
+    always keep theirs."""
     batch_size: int | None = None
     """Images in a batch, over all devices."""
     epochs: tuple[int, int] | None = None

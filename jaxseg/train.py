@@ -179,7 +179,7 @@ def encode_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array:
     return model.apply(variables, batch["image"], method="encode")
 
 
-def predict_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array:
+def predict_step(variables: Any, batch: Batch, *, model: nn.Module, native: bool = False) -> jax.Array:
     """Classifies every pixel at its label's own size.
 
     The logits are enlarged bilinearly (see `jaxseg.enlarge`), each image's to its own `label_size`, in the corner of a
@@ -189,10 +189,14 @@ def predict_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array
       variables: {'params', 'batch_stats'}.
       batch: 'image' (N, H, W, 3) uint8; 'label' (N, HC, WC), whose shape is the canvas; 'label_size' (N, 2) int32.
       model: the segmenter.
+      native: images are not resized, but lie, as large as their labels, in the corner of that canvas: nothing is
+        enlarged, and what is beyond them is padding.
 
     Returns:
       (N, HC, WC) int32 class indices; outside an image's own size they mean nothing.
     """
+    if native:
+        return model.apply(variables, batch["image"], size=batch["label_size"]).argmax(-1).astype(jnp.int32)
     logits = model.apply(variables, batch["image"])
     height, width = batch["label"].shape[1:]
     rows = max(min(_ENLARGED_AT_ONCE // (width * logits.shape[-1]), height), 1)
@@ -218,6 +222,7 @@ def eval_step(
     *,
     model: nn.Module,
     num_classes: int,
+    native: bool = False,
     boundary: bool = False,
     axis_name: str | None = None,
 ) -> jax.Array:
@@ -225,7 +230,7 @@ def eval_step(
 
     With `boundary` it is that of `boundary_confusion`, (2C, 2C), and the batch has 'boundary_width' (N,) int32, too.
     """
-    prediction = predict_step(variables, batch, model=model)
+    prediction = predict_step(variables, batch, model=model, native=native)
     if boundary:
         confusion = boundary_confusion(batch["label"], prediction, batch["boundary_width"], num_classes)
     else:
@@ -406,7 +411,12 @@ def _step_done(epoch: int, step: int, metrics: dict[str, jax.Array], index: np.n
 
 
 def make_evaluate(
-    model: nn.Module, num_classes: int, devices: Sequence[jax.Device], *, boundary: bool = False
+    model: nn.Module,
+    num_classes: int,
+    devices: Sequence[jax.Device],
+    *,
+    native: bool = False,
+    boundary: bool = False,
 ) -> Callable[[Any, Iterable[Batch]], np.ndarray]:
     """Builds the evaluation of a model over a split.
 
@@ -414,6 +424,7 @@ def make_evaluate(
       model: the segmenter.
       num_classes: C.
       devices: the devices of all processes.
+      native: see `predict_step`.
       boundary: count what boundary IoU needs as well; see `jaxseg.boundary`.
 
     Returns:
@@ -421,7 +432,7 @@ def make_evaluate(
       `boundary_confusion`; with variables {'params', 'batch_stats'} on the devices and host batches as `predict_step`
       takes them; it compiles once for each shape of batch.
     """
-    options = {"model": model, "num_classes": num_classes, "boundary": boundary, "axis_name": AXIS}
+    options = {"model": model, "num_classes": num_classes, "native": native, "boundary": boundary, "axis_name": AXIS}
     step_fn = pmap_step(functools.partial(eval_step, **options), devices)
 
     def evaluate(variables: Any, batches: Iterable[Batch]) -> np.ndarray:

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 from PIL import Image
 
+from jaxseg.data.canvases import choose_canvases, plan_batches
 from jaxseg.data.labels import IGNORE_LABEL
 
 
@@ -139,28 +140,31 @@ def train_batches(
 def eval_batches(
     source: Source,
     *,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
     batch_size: int,
     part: tuple[int, int] = (0, 1),
     num_threads: int = 4,
 ) -> grain.IterDataset:
-    """One pass over every image, in order, with each label at its own size.
+    """One pass over every image, with each label at its own size.
 
-    All batches have the same shapes, so that the step compiles once: labels lie in the top left corner of a canvas as
-    high and as wide as the largest, and the last batch is filled up with copies of the last image that do not count.
+    Few shapes, so that the step compiles few times: labels lie in the top left corner of a canvas, and the last batch
+    of a canvas is filled up with copies of its last image that do not count. With an `image_size` there is one canvas,
+    as high and as wide as the largest label, and the images come in order. Without one an image is as large as its
+    label (and is resized where it is not), and lies in the corner as that does, on one of the canvases that
+    `jaxseg.data.canvases` chooses.
 
     Args:
       source: the split.
-      image_size: (height, width) in pixels that images, not labels, are resized to.
+      image_size: (height, width) in pixels that images, not labels, are resized to, or None.
       batch_size: images per batch.
-      part: as in `train_batches`; all parts have the same number of batches.
+      part: as in `train_batches`; all parts have the same number of batches, of the same shapes.
       num_threads: batches that are prepared at the same time.
 
     Returns:
       A data set that can be iterated over again and again, giving {"image": (N, H, W, 3) uint8, "label": (N, Hc, Wc)
       uint8, ignored (255) outside of the label, "label_size": (N, 2) int32, the label's own (height, width), "valid":
       (N,) bool, False for a copy, whose label is all ignored, "index": (N,) int32, the items' places in `source`}, with
-      N = batch_size / P.
+      N = batch_size / P; without `image_size` H = Hc and W = Wc.
 
     Raises:
       ValueError: `source` is empty, `batch_size` is less than 1, or P does not divide it.
@@ -169,26 +173,30 @@ def eval_batches(
         raise ValueError(f"--batch-size {batch_size}: must be at least 1")
     if len(source) == 0:
         raise ValueError("the split to evaluate on is empty: it needs at least one image")
-    last = len(source) - 1
-    canvas_size = tuple(int(length) for length in source.label_sizes().max(axis=0))
+    sizes = np.asarray(source.label_sizes())
+    canvases = choose_canvases(sizes) if image_size is None else np.broadcast_to(sizes.max(axis=0), sizes.shape)
+    index, valid = plan_batches(canvases, batch_size)
 
-    def example(position: int) -> dict:
-        index = min(position, last)
-        item = source[index]
+    def example(place: int) -> dict:
+        item, canvas = source[int(index[place])], canvases[index[place]]
         height, width = item["label"].shape
-        label = np.full(canvas_size, IGNORE_LABEL, np.uint8)
-        if position <= last:
+        label = np.full(canvas, IGNORE_LABEL, np.uint8)
+        if valid[place]:
             label[:height, :width] = item["label"]
+        image = resize_image(item["image"], image_size or (height, width))
+        if image_size is None:
+            # Beyond the image it counts as padding, whatever it is.
+            image, small = np.zeros((*canvas, 3), np.uint8), image
+            image[:height, :width] = small
         return {
-            "image": resize_image(item["image"], image_size),
+            "image": image,
             "label": label,
             "label_size": np.array([height, width], np.int32),
-            "valid": np.bool_(position <= last),
-            "index": np.int32(index),
+            "valid": valid[place],
+            "index": np.int32(index[place]),
         }
 
-    num_batches = -(-len(source) // batch_size)
-    batches = grain.MapDataset.range(num_batches * batch_size).batch(
+    batches = grain.MapDataset.range(len(index)).batch(
         batch_size, drop_remainder=True, batch_fn=_reader(example, batch_size, part)
     )
     return _read_ahead(batches, num_threads)
