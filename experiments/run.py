@@ -208,10 +208,14 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 
 def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
-    """Raises ValueError unless the workdir is missing, an empty folder, or that of a run of the same `meta`."""
+    """Raises ValueError unless the workdir is missing, empty, or that of a run of the same `meta`, and writable."""
     for path in (workdir, *workdir.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"--workdir {workdir}: {path} is a file: name a folder")
+    there = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
+    for path in (there, *(workdir / name for name in ("checkpoints", "events", "figures"))):
+        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+            raise ValueError(f"--workdir {workdir}: you may not write to {path}: name a folder of your own")
     config = workdir / "config.json"
     if not config.exists():
         if workdir.is_dir() and any(workdir.iterdir()):

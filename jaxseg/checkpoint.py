@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jaxseg.files import sync
+
 BEST, LAST = "best", "last"
 
 
@@ -86,10 +88,19 @@ def save(manager: ocp.CheckpointManager, state: Any, mean_iou: float | None, met
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Returns when the last checkpoint is complete on the disk; raises OSError as `save` does."""
+    """Returns when the last checkpoint is complete on the disk, whatever happens then; raises OSError as `save` does.
+
+    Each save waits for the one before it, so that a power cut costs the last checkpoint only.
+    """
+    _finish(manager)
+    if manager.latest_step() is None:
+        return
+    path = pathlib.Path(manager.directory) / str(manager.latest_step())
     try:
-        manager.wait_until_finished()
-    except (OSError, ValueError, RuntimeError) as error:
+        # Orbax itself makes sure of the numbers only.
+        for each in (*path.rglob("*"), path, path.parent):
+            sync(each)
+    except OSError as error:
         raise _unwritable(manager, error) from error
 
 
@@ -211,8 +222,15 @@ def _mean_iou(metrics: dict[str, float]) -> float:
     return metrics["mean_iou"]
 
 
+def _finish(manager: ocp.CheckpointManager) -> None:
+    try:
+        manager.wait_until_finished()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unwritable(manager, error) from error
+
+
 def _number(manager: ocp.CheckpointManager, which: str | int) -> int:
-    wait(manager)
+    _finish(manager)
     number = {BEST: manager.best_step, LAST: manager.latest_step}[which]() if isinstance(which, str) else which
     if number is None:
         raise FileNotFoundError(f"no checkpoint in {manager.directory}")

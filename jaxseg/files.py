@@ -19,14 +19,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     new = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield new
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
+        sync(new)
         new.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
@@ -35,3 +30,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
         raise
+
+
+def sync(path: pathlib.Path) -> None:
+    """Returns when a file, or the names in a folder, are on the disk, where a power cut leaves them."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

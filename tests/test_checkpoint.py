@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 import shutil
 
 import jax
@@ -224,3 +225,27 @@ def test_too_little_memory_is_no_damage(manager, monkeypatch):
 def test_no_checkpoint(manager):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         checkpoint.restore_model(manager, checkpoint.BEST, TEMPLATE)
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_the_next_is_begun(manager, monkeypatch):
+    """What a power cut leaves is what was fsynced; Orbax does it for the numbers alone."""
+    synced, fsync, begin = set(), os.fsync, type(manager).save
+
+    def record(opened):
+        synced.add(os.fstat(opened).st_ino)
+        fsync(opened)
+
+    def is_on_the_disk(number):
+        path = pathlib.Path(manager.directory) / str(number)
+        return synced >= {each.stat().st_ino for each in (*path.rglob("*"), path, path.parent)}
+
+    def begin_another(self, number, **options):
+        assert number == 1 or is_on_the_disk(number - 1)
+        return begin(self, number, **options)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(type(manager), "save", begin_another)
+    for step in (1, 2):
+        save(manager, step, 0.5)
+    checkpoint.wait(manager)
+    assert is_on_the_disk(2)

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -300,6 +301,21 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
 )
 def test_values_out_of_range_are_refused_at_once(capsys, options, said):
     assert said in fails(capsys, options)
+
+
+@pytest.mark.parametrize("locked", [".", "run", "run/checkpoints", "run/figures"])
+def test_a_workdir_that_is_read_only_is_named_before_the_images_are_looked_at(tmp_path, capsys, monkeypatch, locked):
+    monkeypatch.setattr(preparing, "find_data", lambda _: pytest.fail("the images are looked at"))
+    monkeypatch.chdir(tmp_path)
+    os.makedirs(locked, exist_ok=True)
+    os.chmod(locked, 0o500)
+    if os.geteuid() == 0:  # who may write everywhere, but to a disk that is read-only
+        monkeypatch.setattr(os, "access", lambda path, asked: asked & ~(os.stat(path).st_mode >> 6) == 0)
+    try:
+        said = fails(capsys, ["--workdir", "run" if locked != "." else "runs/new"])
+    finally:
+        os.chmod(locked, 0o700)
+    assert f"you may not write to {pathlib.Path(locked).absolute() if locked == '.' else locked}" in said
 
 
 def test_a_batch_that_the_devices_do_not_divide(folder, tmp_path, capsys):

@@ -17,6 +17,7 @@ ALLOWED = {
         f"jaxseg.{name}"
         for name in ("checkpoint", "data.labels", "data.loader", "decoders", "resnet", "segmenter", "train")
     },
+    "jaxseg.checkpoint": {"jaxseg.files"},
     "jaxseg.log": {"jaxseg.files"},
     "jaxseg.plots.page": {"jaxseg.files"},
     "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "enlarge", "losses", "metrics")},

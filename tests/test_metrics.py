@@ -88,18 +88,23 @@ def test_an_evaluation_counts_past_two_to_the_31(monkeypatch):
     np.testing.assert_array_equal(total, np.full((2, 2), 9 * 2**30))
 
 
+@np.errstate(all="raise")
 def test_absent_classes_are_left_out_of_the_mean():
     # Class 2 is nowhere; class 1 is only predicted, so its IoU is 0 and counts.
     confusion = np.array([[6, 2, 0], [0, 0, 0], [0, 0, 0]])
     np.testing.assert_array_equal(metrics.iou_per_class(confusion), [0.75, 0.0, np.nan])
     assert metrics.mean_iou(confusion) == 0.375
     assert metrics.mean_iou(np.zeros((3, 3))) == 0
+    assert metrics.best_and_worst(np.zeros((3, 3)), "abc") == "no class occurs in the labels or the predictions"
 
 
 def test_counts_past_two_to_the_31_stay_exact():
     big = 2**31 + 1
     iou = metrics.iou_per_class(np.array([[big, 1], [0, big]], dtype=np.int64))
     assert iou[0] == big / (big + 1)
+    # So do those of one batch, which are int32 each.
+    iou = metrics.iou_per_class(np.full((3, 3), 2**30, np.int32))
+    np.testing.assert_array_equal(iou, np.full(3, 1 / 5))
 
 
 def test_table_in_the_reports_form():
@@ -110,6 +115,7 @@ def test_table_in_the_reports_form():
         "class #2 : absent   car",
         "mean_iou: 0.375000  (without 1 absent from labels and predictions)",
     ]
+    assert metrics.iou_table(np.eye(2), ("sky", "road")).splitlines()[-1] == "mean_iou: 1.000000"
 
 
 def test_table_with_a_second_column():
@@ -146,6 +152,18 @@ def test_one_pixel_is_enough_for_an_iou():
 def test_255_is_ignored_by_default():
     counts = metrics.confusion_matrix(np.array([255, 1, 0], np.uint8), np.array([0, 1, 0]), 2)
     np.testing.assert_array_equal(counts, [[1, 0], [0, 1]])
+    # With as many classes as a byte has room for, too.
+    counts = metrics.confusion_matrix(np.array([255, 254, 255], np.uint8), np.array([254, 254, 0]), 255)
+    assert counts[254, 254] == counts.sum() == 1
+
+
+@pytest.mark.parametrize("ignored", [-1, 0, 2, 3, 254])
+def test_any_label_may_be_the_ignored_one(ignored):
+    rng = np.random.default_rng(ignored % 5)
+    label, prediction = rng.choice([0, 1, 2, ignored], (9, 9)), rng.integers(0, 3, (9, 9))
+    expected = np.zeros((3, 3), int)
+    np.add.at(expected, (label[label != ignored], prediction[label != ignored]), 1)
+    np.testing.assert_array_equal(metrics.confusion_matrix(label, prediction, 3, ignored), expected)
 
 
 def test_a_table_needs_a_name_for_each_class():

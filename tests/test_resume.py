@@ -1,5 +1,6 @@
 """A run that is stopped ends where it would have ended: here one with dropout, and with features kept in stage 1."""
 
+import itertools
 import json
 import random
 import signal
@@ -14,6 +15,8 @@ import pytest
 from experiments import baseline, prepare, stages
 from experiments.settings import Settings, complete, to_json
 from jaxseg import checkpoint, train
+from jaxseg.data import loader
+from jaxseg.data.folder import open_folder
 from tests.peers import small_run
 from tests.peers.small_run import last_state
 
@@ -96,10 +99,25 @@ def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path, monkeypatch):
     assert figures == {path.name for path in (whole / "figures").iterdir()}
 
 
-def test_debugging_names_the_operation_of_a_later_update(folder, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_is_explained_and_what_was_saved_before_is_kept(
+    folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(prepare, "ResNet", small_run.SmallEncoder)
-    argv = [*arguments(folder, tmp_path / "run"), "--learning-rate", "1e30", "1e30"]
+    argv = [*arguments(folder, tmp_path / "run"), "--learning-rate", "1e-3", "1e30"]
     assert small_run.main(argv) == 1
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    # The fifth update has finite numbers still, and what it leaves has not.
+    assert "the loss is nan at step 6 (stage 2: everything, learning rate 1e+30; images " in said
+    assert f"the checkpoints in {tmp_path / 'run'} are from before it" in said
+    state = last_state(tmp_path / "run")
+    assert int(state.step) == 4 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    # The images of the second batch of that stage, by name.
+    source = open_folder(folder, 2)[1]["train"]
+    batches = loader.train_batches(source, image_size=(32, 32), batch_size=4, seed=2)
+    *_, batch = itertools.islice(batches, 2)
+    assert said.partition("; images ")[2].partition(")")[0] == ", ".join(source[i]["name"] for i in batch["index"])
+    with pytest.raises(FloatingPointError, match=r"invalid value \(nan\) encountered in"):
+        small_run.main([*argv, "--debug-nans"])
     with pytest.raises(FloatingPointError, match=r"invalid value \(nan\) encountered in"):
         small_run.main([*argv, "--debug-nans"])
 
