@@ -238,7 +238,7 @@ def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
 def _answer(question: str, work_on: Any, program: str, settings: Settings, work: str) -> float:
     if question == "peak":
         return _peak_memory(program)
-    if question == "profile":
+    if question == "profile" and settings.profile:
         import jax
 
         with jax.profiler.trace(str(settings.profile / work)):

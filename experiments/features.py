@@ -38,7 +38,7 @@ def compute_features(run: Run, number: int, variables: Any, stop: Stop) -> np.nd
         return None
     if run.processes.number > 1:
         return None
-    sizes = {"image_size": settings.image_size, "batch_size": settings.batch_size}
+    sizes: dict[str, Any] = {"image_size": settings.image_size, "batch_size": settings.batch_size}
     batches = loader.eval_batches(run.splits["train"], **sizes)
     image = jax.ShapeDtypeStruct((1, *settings.image_size, 3), np.uint8)
     one = jax.eval_shape(lambda image: train.encode_step(variables, {"image": image}, model=run.model), image)

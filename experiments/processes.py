@@ -160,7 +160,7 @@ def start(settings: Settings) -> Processes:
         return ALONE
     # Its handler of SIGTERM would come in the way of ours.
     jax.config.update("jax_enable_preemption_service", False)
-    given = {}
+    given: dict[str, Any] = {}
     if settings.coordinator is not None:
         given = {
             "coordinator_address": settings.coordinator,

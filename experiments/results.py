@@ -129,10 +129,9 @@ def _draw(run: Run, variables: Any, confusion: np.ndarray, title: str) -> None:
     examples = []
     for index, prediction in zip(chosen, predictions, strict=True):
         item = source[index]
-        confusion = metrics.confusion_matrix(item["label"], prediction, run.labels.num_classes)
-        examples.append(
-            plots.Example(item["image"], item["label"], prediction, item["name"], metrics.mean_iou(confusion))
-        )
+        counted = metrics.confusion_matrix(item["label"], prediction, run.labels.num_classes)
+        score = metrics.mean_iou(np.asarray(counted))
+        examples.append(plots.Example(item["image"], item["label"], prediction, item["name"], score))
     plots.plot_results(examples, run.labels.names, run.labels.colours, directory / "results.png")
 
 
@@ -142,10 +141,11 @@ def predict(run: Run, variables: Any, source: Any) -> list[np.ndarray]:
     native = settings.eval_size == "native"
     # Of several processes only one draws: the others' devices take no part.
     devices = train.local_devices(run.devices)
-    step_fn = functools.partial(train.predict_step, model=run.model, native=native)
-    step_fn = train.pmap_step(step_fn, devices, per_image=True)
+    step = functools.partial(train.predict_step, model=run.model, native=native)
+    step_fn = train.pmap_step(step, devices, per_image=True)
     variables = train.replicate(variables, devices)
-    image_size, maps = None if native else settings.image_size, {}
+    image_size = None if native else settings.image_size
+    maps: dict[int, np.ndarray] = {}
     batches = loader.eval_batches(source, image_size=image_size, batch_size=settings.batch_size)
     for batch in train.batches_on_devices(batches, devices):
         together = (np.asarray(x).reshape(-1, *x.shape[2:]) for x in (batch["index"], step_fn(variables, batch)))

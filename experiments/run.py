@@ -347,7 +347,7 @@ def open_log(run: Run, rows: int, step: int, checksum: int | None) -> MetricsLog
         raise ValueError(f"{error}, or {other}") from error
 
 
-def finish(run: Run, variables: Any, saved: dict[str, Any], evaluate: Callable[[Any, str], np.ndarray]) -> None:
+def finish(run: Run, variables: Any, saved: dict[str, Any], evaluate: Callable[[Any, str], Any]) -> None:
     """Evaluates the best checkpoint on the test split, if there is one, writes the results and draws.
 
     With --boundary-iou, `evaluate` counts what it needs, and the validation split is evaluated once more for it.
@@ -382,9 +382,10 @@ def make_evaluate(run: Run, stop: Stop, boundary: bool = False) -> Callable[[Any
     native = run.settings.eval_size == "native"
     options = {"native": native, "boundary": boundary}
     evaluate = train.make_evaluate(run.model, run.labels.num_classes, run.devices, **options)
-    sizes = {"image_size": None if native else run.settings.image_size, "batch_size": run.settings.batch_size}
+    image_size = None if native else run.settings.image_size
 
     def evaluate_split(variables: Any, split: str) -> np.ndarray | None:
+        sizes: dict[str, Any] = {"image_size": image_size, "batch_size": run.settings.batch_size}
         batches = loader.eval_batches(run.splits[split], part=run.processes.part, **sizes)
         confusion = evaluate(variables, stop.until_stopped(batches))
         return confusion if stop.signal is None else None

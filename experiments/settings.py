@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import math
 import pathlib
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -13,7 +13,7 @@ from experiments.datasets import KINDS, DataOptions, check_options, short_name, 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a data set is trained with unless an option says otherwise; see `Settings` for each."""
+    """What a data set is trained with unless an option says otherwise; see `Options` for each."""
 
     image_size: tuple[int, int]
     batch_size: int
@@ -37,7 +37,7 @@ RECIPES = {
     ("improved", "folder"): Recipe((352, 448), 8, (10, 15), (1e-3, 3e-4), "constant", 0.999, "he", 30.0, (0.0, 0.2)),
 }
 # What --quick takes instead. Stage 2 has two epochs, so that a curve of them is one.
-_QUICK = {"image_size": (64, 96), "batch_size": 8, "epochs": (1, 2)}
+_QUICK: dict[str, Any] = {"image_size": (64, 96), "batch_size": 8, "epochs": (1, 2)}
 
 
 # Pixels along a side; far beyond what any machine trains at.
@@ -48,8 +48,8 @@ _FREE = {"boundary_iou", "data_dir", "workdir", "save_minutes", "summary", "debu
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(DataOptions):
-    """Settings of a run. An option left at None takes the value of the data set's recipe."""
+class Options(DataOptions):
+    """Settings of a run as they are given. An option left at None takes the value of the data set's recipe."""
 
     quick: bool = False
     """A trial from end to end, in a minute or a few, whose numbers mean nothing: small images, few epochs, and
@@ -118,6 +118,24 @@ class Settings(DataOptions):
     """Which one of them this is, from 0; with --coordinator."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings(Options):
+    """Settings of a run, complete: as `Options`, and none of these is None any more."""
+
+    _: dataclasses.KW_ONLY
+    weights: str
+    image_size: tuple[int, int]
+    batch_size: int
+    epochs: tuple[int, int]
+    learning_rate: tuple[float, float]
+    schedule: Literal["constant", "cosine"]
+    adam_b2: float
+    decoder_init: Literal["he", "prior"]
+    max_degrees: float
+    dropout: tuple[float, float]
+    workdir: pathlib.Path
+
+
 def parse(name: str, description: str, argv: list[str] | None = None) -> Settings:
     """Reads the command line; prints the help and exits (0), or a mistake in it (2), as argparse does.
 
@@ -132,13 +150,14 @@ def parse(name: str, description: str, argv: list[str] | None = None) -> Setting
     Raises:
       ValueError: a value is out of range, or the data set or the weights are not named as they must be.
     """
-    settings = tyro.cli(
-        Annotated[Settings, tyro.conf.configure(tyro.conf.OmitSubcommandPrefixes)],
+    options = tyro.cli(
+        Options,
         prog=f"python -m experiments.{name}",
         description=f"{description}\n\n{_list_recipes(name)}",
         args=argv,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
     )
-    return complete(settings, name)
+    return complete(options, name)
 
 
 def _list_recipes(name: str) -> str:
@@ -158,24 +177,24 @@ def _find_recipe(name: str, kind: str, quick: bool = False) -> Recipe:
     return dataclasses.replace(recipe, **_QUICK) if quick else recipe
 
 
-def complete(settings: Settings, name: str) -> Settings:
+def complete(options: Options, name: str) -> Settings:
     """Fills in the recipe and the workdir, and checks every value; raises ValueError as `parse` says."""
-    if settings.quick and settings.dataset == "shapes":
-        settings = dataclasses.replace(settings, dataset="shapes:small")
-    kind, _ = split_dataset(settings.dataset)
-    if not settings.weights and (kind != "shapes" or settings.weights is not None):
+    if options.quick and options.dataset == "shapes":
+        options = dataclasses.replace(options, dataset="shapes:small")
+    kind, _ = split_dataset(options.dataset)
+    if not options.weights and (kind != "shapes" or options.weights is not None):
         raise ValueError(
             "--weights is missing: give imagenet, a .pth, .pt or .safetensors file, the workdir of a run or one of its"
             " checkpoints, or none for a random encoder"
         )
-    recipe = dataclasses.asdict(_find_recipe(name, kind, settings.quick))
-    values = {option: value for option, value in recipe.items() if getattr(settings, option) is None}
-    if settings.weights is None:
+    recipe = dataclasses.asdict(_find_recipe(name, kind, options.quick))
+    values = {option: value for option, value in recipe.items() if getattr(options, option) is None}
+    if options.weights is None:
         values["weights"] = "none"
-    if settings.workdir is None:
+    if options.workdir is None:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        values["workdir"] = pathlib.Path("runs") / f"{name}-{short_name(settings.dataset)}-{now}"
-    settings = dataclasses.replace(settings, **values)
+        values["workdir"] = pathlib.Path("runs") / f"{name}-{short_name(options.dataset)}-{now}"
+    settings = Settings(**{**vars(options), **values})
     _check(settings)
     if name == "baseline" and any(settings.dropout):
         raise ValueError("--dropout is for the improved model: the baseline has none")
@@ -195,7 +214,7 @@ def to_json(settings: Settings) -> dict[str, Any]:
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """The options in which two `to_json` differ and by which their runs would: "--seed 1 there, 0 here"."""
     # An option that an older version did not have was as it is by default now.
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
     there, here = defaults | there, defaults | here
     return [
         f"--{name.replace('_', '-')} {there.get(name)} there, {here.get(name)} here"
@@ -209,7 +228,7 @@ def _check(settings: Settings) -> None:
         raise ValueError(
             f"--image-size must be from 1 to {_LARGEST} pixels, not {settings.image_size[0]} {settings.image_size[1]}"
         )
-    positive = [("--learning-rate", value) for value in settings.learning_rate]
+    positive: list[tuple[str, float]] = [("--learning-rate", value) for value in settings.learning_rate]
     positive.append(("--save-minutes", settings.save_minutes))
     for option, value in [*positive, ("--batch-size", settings.batch_size)]:
         if not 0 < value < math.inf:
@@ -232,19 +251,18 @@ def _check(settings: Settings) -> None:
 
 
 def _check_processes(settings: Settings) -> None:
+    coordinator, number, index = settings.coordinator, settings.num_processes, settings.process_id
     missing = [f"--{name.replace('_', '-')}" for name in _PROCESSES if getattr(settings, name) is None]
     if len(missing) not in (0, len(_PROCESSES)):
         raise ValueError(f"--coordinator, --num-processes and --process-id go together: {', '.join(missing)} missing")
     if (settings.distributed or not missing) and settings.debug_nans:
         raise ValueError("--debug-nans works in one process: JAX cannot tell the operation of several")
-    if missing:
+    if coordinator is None or number is None or index is None:
         return
     if settings.distributed:
         raise ValueError("--distributed lets JAX find the processes, --coordinator names them: give one of the two")
-    if not 0 <= settings.process_id < settings.num_processes:
-        raise ValueError(
-            f"--process-id {settings.process_id}: must be from 0 to below --num-processes {settings.num_processes}"
-        )
-    host, _, port = settings.coordinator.rpartition(":")
+    if not 0 <= index < number:
+        raise ValueError(f"--process-id {index}: must be from 0 to below --num-processes {number}")
+    host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator {settings.coordinator!r}: must be HOST:PORT, such as 10.0.0.1:12345")
+        raise ValueError(f"--coordinator {coordinator!r}: must be HOST:PORT, such as 10.0.0.1:12345")

@@ -212,8 +212,7 @@ def train_one_stage(
                 progress = Progress(number, event.epoch + 1, last=event.confusion.tolist(), before=progress.before)
                 losses, began = [], time.perf_counter()
             else:
-                place = {"epoch": event.epoch, "updates": event.updates, "seconds": seconds}
-                progress = dataclasses.replace(progress, **place)
+                progress = dataclasses.replace(progress, epoch=event.epoch, updates=event.updates, seconds=seconds)
             if log:
                 with _explained(run, stage, first_step, rates, last_update):
                     progress = _save(records, stage, event, progress)
@@ -273,8 +272,11 @@ def _tell_epoch(
 
 def _save(records: Records, stage: train.Stage, event: train.EpochDone | train.Halfway, progress: Progress) -> Progress:
     """Saves a checkpoint, once the log's rows are on the disk; returns the progress with their number."""
-    records.log.flush()
-    progress = dataclasses.replace(progress, rows=records.log.rows, checksum=records.log.checksum)
+    log = records.log
+    if log is None:  # in a process that writes nothing
+        return progress
+    log.flush()
+    progress = dataclasses.replace(progress, rows=log.rows, checksum=log.checksum)
     meta = {"stage_name": stage.name, "epoch": event.epoch, "progress": dataclasses.asdict(progress)}
     checkpoint.save(records.manager, event.state, getattr(event, "mean_iou", None), {**records.meta, **meta})
     return progress

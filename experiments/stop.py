@@ -78,7 +78,8 @@ def interrupted_by_sigterm() -> Iterator[None]:
 @contextlib.contextmanager
 def catch_signals(agreement: Any = None) -> Iterator[Stop]:
     """Within it Ctrl-C and SIGTERM only ask the run to stop, the first time; a second one acts as ever."""
-    stop, before = Stop(agreement=agreement), {}
+    stop = Stop(agreement=agreement)
+    before: dict[Signals, Any] = {}
 
     def ask(number: int, _: Any) -> None:
         stop.ask(Signals(number))

@@ -94,7 +94,7 @@ def open_batches(load: Load, work: str) -> Iterator[Iterator[dict[str, np.ndarra
             noise.resize((width, height)).save(pathlib.Path(root) / split / "img" / f"{index}.jpg", quality=90)
             Image.fromarray(label).resize((width, height), 0).save(pathlib.Path(root) / split / "seg" / f"{index}.png")
         _, splits = folder.open_folder(pathlib.Path(root), load.num_classes)
-        sizes = {"image_size": load.image_size, "batch_size": load.batch_size}
+        sizes: dict[str, Any] = {"image_size": load.image_size, "batch_size": load.batch_size}
         if work.startswith("stage"):
             features = make_features(load, number) if work == "stage1-cached" else None
             yield iter(loader.train_batches(splits["train"], seed=0, features=features, **sizes))
@@ -114,13 +114,13 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
     variables = train.replicate(init(jax.random.key(0), image), devices)
-    names = {"validation": ("image", "label", "label_size"), "stage1-cached": ("features", "label")}
-    names = names.get(work, ("image", "label"))
+    special = {"validation": ("image", "label", "label_size"), "stage1-cached": ("features", "label")}
+    names = special.get(work, ("image", "label"))
     batches = ({name: batch[name] for name in names} for batch in batches)
     if work.startswith("stage"):
         freeze = work != "stage2"
         tx = make_optimizer(1e-3, freeze)
-        step = functools.partial(
+        update = functools.partial(
             train.train_step,
             model=make_model(dataclasses.replace(load, dropout=0.0 if freeze else load.dropout)),
             tx=tx,
@@ -128,7 +128,7 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
             max_degrees=load.max_degrees if load.model == "improved" and work != "stage1-cached" else 0.0,
             axis_name=train.AXIS,
         )
-        step = train.pmap_step(step, devices, donate=True, keyed=True)
+        step = train.pmap_step(update, devices, donate=True, keyed=True)
         state, key = train.start_stage(variables, tx, devices), train.replicate(jax.random.key(0), devices)
         on_devices = train.batches_on_devices(batches, devices)
 
@@ -147,7 +147,8 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
     else:
 
         def predict(variables: Any, batch: Any) -> jax.Array:
-            return model.apply(variables, batch["image"]).argmax(-1)
+            logits: Any = model.apply(variables, batch["image"])
+            return logits.argmax(-1)
 
         step = train.pmap_step(predict, devices, per_image=True)
         on_devices = train.batches_on_devices(batches, devices)

@@ -157,7 +157,8 @@ def read_model(run: pathlib.Path, which: str | int = BEST) -> tuple[Any, dict[st
         directory, number = directory.parent, int(directory.name)
     with _without_warnings(), _open_to_read(directory) as manager:
         if number is None:
-            number = {BEST: manager.best_step, LAST: manager.latest_step}.get(which, lambda: which)()
+            numbers: dict[str | int, Any] = {BEST: manager.best_step, LAST: manager.latest_step}
+            number = numbers.get(which, lambda: which)()
         if number is None:
             raise ValueError(
                 f"{directory} holds no checkpoint: name the workdir of a run that has finished an epoch, its folder of"
@@ -306,7 +307,7 @@ def _checksum(tree: Any) -> str:
     for path, leaf in sorted(leaves.items()):
         array = np.ascontiguousarray(leaf)
         value = zlib.crc32(f"{path} {array.dtype} {array.shape}".encode(), value)
-        value = zlib.crc32(array.reshape(-1).view(np.uint8), value)
+        value = zlib.crc32(array.reshape(-1).view(np.uint8).data, value)
     return f"{value:08x}"
 
 

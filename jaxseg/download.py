@@ -18,7 +18,7 @@ from tqdm import tqdm
 try:
     import fcntl
 except ImportError:  # Windows: two processes may then spoil each other's download, which the digest shows.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # Seconds without an answer, or without a byte, after which the network counts as absent.
 TIMEOUT = 8.0
@@ -91,7 +91,7 @@ def _download(url: str, path: Path, timeout: float) -> None:
     """Downloads to `<path>.part`, resuming what is there, and renames it if its digest is right."""
     part = _part(path)
     resumed = _size(part) > 0
-    digits = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)[1]
+    (digits,) = re.findall(r"-([0-9a-f]{8,})\.\w+$", path.name)
     with tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
         _complete(url, part, timeout, bar)
         if resumed and not _digest(part).startswith(digits):

@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 # The deviation of the report's 3x3 Gaussian, in pixels.
 REPORT_SIGMA = 1 / (2 * math.log(2))
@@ -64,7 +65,7 @@ def gaussian_2d(size: int = 3, sigma: float = REPORT_SIGMA) -> np.ndarray:
     return _normalised(squares[:, None] + squares)
 
 
-def correlate(image: jax.Array, kernel: jax.Array, border: str = "symmetric") -> jax.Array:
+def correlate(image: jax.Array, kernel: ArrayLike, border: str = "symmetric") -> jax.Array:
     """Applies a 2-D kernel directly: KH KW products for each pixel.
 
     Args:
@@ -94,7 +95,7 @@ def correlate(image: jax.Array, kernel: jax.Array, border: str = "symmetric") ->
     return filtered[0] if x.ndim == 2 else jnp.moveaxis(filtered, 0, -1)
 
 
-def correlate_separable(image: jax.Array, column: jax.Array, row: jax.Array, border: str = "symmetric") -> jax.Array:
+def correlate_separable(image: jax.Array, column: ArrayLike, row: ArrayLike, border: str = "symmetric") -> jax.Array:
     """Applies the kernel `outer(column, row)` as two 1-D kernels: KH + KW products for each pixel.
 
     Args:

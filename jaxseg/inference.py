@@ -78,8 +78,8 @@ def _make_model(encoder: str, dtype: str, params: Any) -> Segmenter:
         for layer in range(1, 1 + sum(name.startswith("conv_transpose") for name in decoder))
     )
     kind = ImprovedDecoder if "bn1" in decoder else BaselineDecoder
-    kind = kind(decoder["head"]["bias"].size, widths, dtype=jnp.dtype(dtype))
-    return Segmenter(ResNet(encoder, dtype=jnp.dtype(dtype)), kind)
+    number = decoder["head"]["bias"].size
+    return Segmenter(ResNet(encoder, dtype=jnp.dtype(dtype)), kind(number, widths, dtype=jnp.dtype(dtype)))
 
 
 def segment(trained: Trained, image: np.ndarray) -> np.ndarray:

@@ -72,11 +72,12 @@ def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], 
     maps = maps.reshape(channels, n, phase_height, strides, phase_width, strides).transpose(3, 5, 0, 1, 2, 4)
     # Otherwise XLA would transpose anew for each tap.
     maps = jax.lax.optimization_barrier(maps)
-    taps = [
+    cut = [
         maps[u % strides, v % strides, :, :, u // strides :, v // strides :][:, :, :height, :width]
         for u, v in np.ndindex(rows, columns)
     ]
-    return _product(jnp.stack(taps), g, ((2, 3, 4), (0, 1, 2))).reshape(rows, columns, channels, out_channels)
+    taps = _product(jnp.stack(cut), g, ((2, 3, 4), (0, 1, 2)))
+    return taps.reshape(rows, columns, channels, out_channels)
 
 
 def _input_grad_by_products(
@@ -151,13 +152,13 @@ def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Arra
         return jax.linear_transpose(lambda x: _plain_conv(x, kernel, strides, padding), x)(g)[0]
 
     def input_grad(kernel: jax.Array, g: jax.Array) -> jax.Array:
-        return _input_grad_by_products(g, kernel, x.shape[1:3], strides, padding)
+        return _input_grad_by_products(g, kernel, (x.shape[1], x.shape[2]), strides, padding)
 
     def kernel_grad_plain(x: jax.Array, g: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda kernel: _plain_conv(x, kernel, strides, padding), kernel)(g)[0]
 
     def kernel_grad(x: jax.Array, g: jax.Array) -> jax.Array:
-        return _kernel_grad_by_products(x, g, kernel.shape[:2], strides, padding)
+        return _kernel_grad_by_products(x, g, (kernel.shape[0], kernel.shape[1]), strides, padding)
 
     # A GPU has no need of products. Nor has a wide map of few channels: nine times the gradient is much to write.
     if strides == 1 and x.shape[3] < _MANY_CHANNELS:
@@ -375,7 +376,7 @@ def _max_pool_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array):
 
     def phase(row: int, column: int) -> jax.Array:
         """The gradient at rows 2 i + row and columns 2 j + column, which one window in each direction sees, or two."""
-        total = 0
+        total = jnp.zeros((), g.dtype)
         for i, j in np.ndindex(row + 1, column + 1):
             # Of two windows the second has this pixel in its first row, the first in its last.
             tap = 3 * (1 + row - 2 * i) + 1 + column - 2 * j

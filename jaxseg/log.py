@@ -12,7 +12,7 @@ import numpy as np
 
 # Where PyTorch is installed tensorboardX imports it, which takes seconds, and what is written here needs none of it:
 # a module of None cannot be imported.
-_hidden = "torch" not in sys.modules and sys.modules.setdefault("torch", None) is None
+_hidden = "torch" not in sys.modules and sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]
 from tensorboardX import SummaryWriter  # noqa: E402
 
 from jaxseg.files import replacing  # noqa: E402

@@ -1,11 +1,12 @@
 """Confusion matrix on the device, intersection over union on the host."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 
 def confusion_matrix(
-    label: jnp.ndarray, prediction: jnp.ndarray, num_classes: int, ignore_label: int = 255
+    label: jax.Array | np.ndarray, prediction: jax.Array | np.ndarray, num_classes: int, ignore_label: int = 255
 ) -> jnp.ndarray:
     """Counts pixels by their label (row) and prediction (column).
 

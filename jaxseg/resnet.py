@@ -68,7 +68,7 @@ def _add_shortcut(block: BasicBlock | Bottleneck, shortcut: jnp.ndarray, x: jnp.
 
 
 # The blocks, and how many in each of the four groups.
-VARIANTS = {
+VARIANTS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),

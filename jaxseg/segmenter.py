@@ -50,7 +50,8 @@ class Segmenter(nn.Module):
         features = self.encode(image, train=train and not freeze_encoder, size=size)
         if freeze_encoder:
             features = jax.lax.stop_gradient(features)
-        return self.decode(features, image.shape[1:3], train=train, keys=keys)
+        height, width = image.shape[1:3]
+        return self.decode(features, (height, width), train=train, keys=keys)
 
     def encode(self, image: jnp.ndarray, train: bool = False, size: jax.Array | None = None) -> jnp.ndarray:
         """Computes what the decoder needs of the encoder.

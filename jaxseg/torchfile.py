@@ -74,7 +74,8 @@ def _read_storage(
     if size != storage.size * itemsize:
         name = shown(pieces[0].names[0])
         raise Refused(f"tensor {name} reaches outside its storage of {size} bytes; {DAMAGED}")
-    arrays, place = {}, 0
+    arrays: dict[str, np.ndarray] = {}
+    place = 0
     # To the end: only there a zip file's reader compares a checksum.
     for start, stop, names in [*pieces, _Piece(storage.size, storage.size, [])]:
         while place < start * itemsize:
@@ -135,11 +136,12 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         if roots[0] + "byteorder" in names and archive.read(roots[0] + "byteorder") != b"little":
             raise Refused(f"its numbers are not little-endian; {SAVE_AGAIN} on another machine")
         top, _ = read_pickle(io.BytesIO(archive.read(roots[0] + "data.pkl")))
-        tensors, arrays = _find_tensors(top), {}
+        tensors = _find_tensors(top)
+        arrays: dict[str, np.ndarray] = {}
         for key, pieces in _cut(tensors).items():
-            with archive.open(f"{roots[0]}data/{key}") as record:
-                length = archive.getinfo(record.name).file_size
-                arrays |= _read_storage(record.read, length, pieces, tensors)
+            with archive.open(f"{roots[0]}data/{key}") as stored:
+                length = archive.getinfo(stored.name).file_size
+                arrays |= _read_storage(stored.read, length, pieces, tensors)
     return {name: arrays[name] for name in tensors}
 
 
@@ -158,7 +160,8 @@ def _read_legacy(file: mmap.mmap) -> dict[str, np.ndarray]:
     keys, _ = read_pickle(file)
     if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
         raise Refused(DAMAGED)
-    tensors, arrays = _find_tensors(top), {}
+    tensors = _find_tensors(top)
+    arrays: dict[str, np.ndarray] = {}
     pieces = _cut(tensors)
     for key in keys:
         (number,) = struct.unpack("<q", file.read(8))

@@ -87,7 +87,7 @@ def read_pickle(file: io.BytesIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
       Exception: it is damaged; almost any.
     """
     reader = _Reader()
-    for operation, argument, _ in pickletools.genops(file):
+    for operation, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]  # an mmap is read as a file is
         reader.count(1)
         reader.step(operation.name, argument)
     return reader.stack.pop(), reader.storages

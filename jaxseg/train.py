@@ -150,7 +150,8 @@ def train_step(
     Returns:
       The state after, and {'loss': () float32}, both of the global batch and equal on all devices.
     """
-    image, label = batch.get("image"), batch["label"]
+    image: Any = batch.get("image")
+    label = batch["label"]
     keys = image_keys(key, state.step, len(label), axis_name)
     for_rotation, for_dropout = (jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in range(2))
     if max_degrees:
@@ -158,7 +159,7 @@ def train_step(
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        options = {"train": True, "keys": for_dropout, "mutable": ["batch_stats"]}
+        options: dict[str, Any] = {"train": True, "keys": for_dropout, "mutable": ["batch_stats"]}
         if "features" in batch:
             logits, updates = model.apply(variables, batch["features"], label.shape[1:], method="decode", **options)
         else:
@@ -176,7 +177,8 @@ def train_step(
 
 def encode_step(variables: Any, batch: Batch, *, model: nn.Module) -> jax.Array:
     """What a frozen encoder gives for batch['image'] (N, H, W, 3) uint8: (N, ceil(H / 32), ceil(W / 32), C)."""
-    return model.apply(variables, batch["image"], method="encode")
+    features: Any = model.apply(variables, batch["image"], method="encode")
+    return features
 
 
 def predict_step(variables: Any, batch: Batch, *, model: nn.Module, native: bool = False) -> jax.Array:
@@ -195,8 +197,10 @@ def predict_step(variables: Any, batch: Batch, *, model: nn.Module, native: bool
     Returns:
       (N, HC, WC) int32 class indices; outside an image's own size they mean nothing.
     """
+    logits: Any
     if native:
-        return model.apply(variables, batch["image"], size=batch["label_size"]).argmax(-1).astype(jnp.int32)
+        logits = model.apply(variables, batch["image"], size=batch["label_size"])
+        return logits.argmax(-1).astype(jnp.int32)
     logits = model.apply(variables, batch["image"])
     height, width = batch["label"].shape[1:]
     rows = max(min(_ENLARGED_AT_ONCE // (width * logits.shape[-1]), height), 1)
@@ -254,7 +258,7 @@ def pmap_step(
     the operation that gave the first NaN.
     """
     in_axes = (None, 0, None) if keyed else (None, 0)
-    if jax.config.jax_debug_nans:
+    if jax.config.jax_debug_nans:  # type: ignore[attr-defined]  # JAX adds its options when it is imported
         together = jax.jit(jax.vmap(step, in_axes, axis_name=AXIS))
 
         def on_one_device(*arguments: Any) -> Any:
@@ -356,7 +360,7 @@ def run_stage(
     Raises:
       NonFiniteLossError: the loss is not finite.
     """
-    step_fn = functools.partial(
+    update_step = functools.partial(
         train_step,
         model=model,
         tx=tx,
@@ -364,7 +368,7 @@ def run_stage(
         max_degrees=stage.max_degrees,
         axis_name=AXIS,
     )
-    step_fn, key = pmap_step(step_fn, devices, donate=True, keyed=True), replicate(key, devices)
+    step_fn, key = pmap_step(update_step, devices, donate=True, keyed=True), replicate(key, devices)
     # Where the images of the batches under way come from: a loss is known only later.
     under_way: collections.deque = collections.deque()
     batches = batches_on_devices(_keep_index(train_batches, under_way), devices)
@@ -432,8 +436,8 @@ def make_evaluate(
       `boundary_confusion`; with variables {'params', 'batch_stats'} on the devices and host batches as `predict_step`
       takes them; it compiles once for each shape of batch.
     """
-    options = {"model": model, "num_classes": num_classes, "native": native, "boundary": boundary, "axis_name": AXIS}
-    step_fn = pmap_step(functools.partial(eval_step, **options), devices)
+    step = functools.partial(eval_step, model=model, num_classes=num_classes, axis_name=AXIS)
+    step_fn = pmap_step(functools.partial(step, native=native, boundary=boundary), devices)
 
     def evaluate(variables: Any, batches: Iterable[Batch]) -> np.ndarray:
         rows = 2 * num_classes if boundary else num_classes

@@ -48,7 +48,7 @@ def choose_canvases(sizes: np.ndarray, most: int = MOST, stride: int = STRIDE) -
     if too_many > 0:
         added = np.stack([pixels_added(one) for one in range(len(canvases))])
     for _ in range(too_many):
-        one, other = np.unravel_index(added.argmin(), added.shape)
+        one, other = divmod(int(added.argmin()), len(canvases))
         canvases[one], gone[other] = np.maximum(canvases[one], canvases[other]), True
         counts[one] += counts[other]
         kind[kind == other] = one

@@ -115,7 +115,7 @@ def check_folder(sources: Mapping[str, FolderSource], num_classes: int, progress
     bar = tqdm(total=len(examples), desc="checking the images", unit="img", leave=False, disable=not progress or None)
     with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         mistakes, values = [], {split: np.zeros(256, bool) for split in sources}
-        found = pool.map(lambda example: _look_at(*example, num_classes), examples)
+        found = pool.map(lambda example: _look_at(example[0], example[1], num_classes), examples)
         for split, (mistake, occurring) in zip(splits, found, strict=True):
             bar.update()
             if mistake:

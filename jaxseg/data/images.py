@@ -3,11 +3,10 @@
 import os
 import struct
 import zlib
-from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 # A path, or a file that is open, with what messages call it.
 File = str | os.PathLike | BinaryIO
@@ -56,7 +55,7 @@ def read_image(file: File, name: str | None = None) -> np.ndarray:
     """
     with _open(file, name, ("JPEG", "PNG")) as image:
         try:
-            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             rgb = _to_rgb(image)
             return np.asarray(rgb if turn is None else rgb.transpose(turn))
         except _DECODE_ERRORS as error:
@@ -99,7 +98,7 @@ def label_size(file: File, name: str | None = None) -> tuple[int, int]:
         return label.height, label.width
 
 
-def _open(file: File, name: str | None, formats: Sequence[str]) -> Image.Image:
+def _open(file: File, name: str | None, formats: tuple[str, ...]) -> ImageFile.ImageFile:
     """Opens a file of one of `formats`, whatever its name says, and reads its header."""
     try:
         return Image.open(file, formats=formats)

@@ -126,10 +126,12 @@ def _parse_line(line: str, where: str) -> tuple[str, Colour | None] | None:
     # "#ff0000" alone is a colour whose name was forgotten: skipping it as a comment would shift all later classes.
     if not line or (line.startswith("#") and not re.fullmatch(r"#[0-9a-fA-F]{6}", line)):
         return None
+    colour: Colour | None
     if match := re.fullmatch(r"(.*?)\s*#([0-9a-fA-F]{6})", line):
-        name, colour = match[1], tuple(bytes.fromhex(match[2]))
+        red, green, blue = bytes.fromhex(match[2])
+        name, colour = match[1], (red, green, blue)
     elif match := re.fullmatch(r"(.*?)\s*(?<!\S)(-?\d+)\s+(-?\d+)\s+(-?\d+)", line):
-        name, colour = match[1], tuple(int(value) for value in match.groups()[1:])
+        name, colour = match[1], (int(match[2]), int(match[3]), int(match[4]))
     else:
         name, colour = line, None
     if not name:
@@ -167,7 +169,8 @@ def _spread_colours(count: int, taken: tuple[Colour, ...]) -> tuple[Colour, ...]
     # With nothing to keep away from, any start will do: the blue nearest to that of many charts.
     best = int(distance.argmax()) if taken else int(np.abs(candidates - (28, 113, 198)).sum(axis=-1).argmin())
     for _ in range(count):
-        chosen.append(tuple(int(value) for value in candidates[best]))
+        red, green, blue = candidates[best].tolist()
+        chosen.append((red, green, blue))
         distance = np.minimum(distance, np.linalg.norm(space - space[best], axis=-1))
         best = int(distance.argmax())
     return tuple(chosen)

@@ -257,8 +257,8 @@ def _draw_texture(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.
         return 0.5 + 0.17 * threads + 0.3 * (noise - 0.5)
     if material == 2:  # pebbles: the distance to the nearest of many points
         # It is smooth, so half the resolution does, in a quarter of the time.
-        distance = Image.fromarray(_nearest_point(x[::2, ::2], y[::2, ::2], rng.uniform(6, 10), rng))
-        distance = np.asarray(distance.resize(x.shape[::-1], Image.Resampling.BICUBIC))
+        points = Image.fromarray(_nearest_point(x[::2, ::2], y[::2, ::2], rng.uniform(6, 10), rng))
+        distance = np.asarray(points.resize(x.shape[::-1], Image.Resampling.BICUBIC))
         return 0.85 - 0.7 * distance + 0.3 * (noise - 0.5)
     if material == 3:  # marble: veins bent by noise
         return 0.3 + 0.5 * np.abs(np.sin(along * 9 + 9 * noise + 4 * _draw_noise(rng, x.shape, 14)))

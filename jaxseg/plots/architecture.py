@@ -36,10 +36,21 @@ _COLOURS = {"image": "#999999", "encoder": BLUE, "decoder": VERMILION}
 class LayerRow(Protocol):
     """What is needed of a layer: `jaxseg.summary.Layer` has it."""
 
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
+    @property
+    def name(self) -> str:
+        """Its path in the model."""
+
+    @property
+    def kind(self) -> str:
+        """Its class."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C) of its output."""
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it learns."""
 
 
 class Block(NamedTuple):
@@ -53,7 +64,7 @@ class Block(NamedTuple):
 
     part: str
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
 
 class _Box(NamedTuple):

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.axes
 import matplotlib.ticker
@@ -160,7 +160,7 @@ def _plot_mean_iou(
     axes.set_xlim(np.min(stage.epochs) - 0.5, np.max(stage.epochs) + 0.5)
     axes.plot(stage.epochs, stage.mean_ious, color=BLUE, linewidth=1.4, marker="o", markersize=3.5, clip_on=False)
     best = int(np.argmax(stage.mean_ious))
-    ring = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.4}
+    ring: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.4}
     axes.plot(stage.epochs[best], stage.mean_ious[best], color=VERMILION, clip_on=False, **ring)
     note = f"best: {stage.mean_ious[best]:.3f} after epoch {stage.epochs[best]:g}"
     if best_before is not None:

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.axes
 import matplotlib.cbook
@@ -120,5 +120,5 @@ def _draw(
 ) -> None:
     """Draws a picture at `scale` inches for each pixel."""
     bottom, right = top + scale * picture.shape[0], left + scale * picture.shape[1]
-    style = {"aspect": "auto", "interpolation": interpolation, "cmap": "gray", "vmin": 0, "vmax": 255}
+    style: dict[str, Any] = {"aspect": "auto", "interpolation": interpolation, "cmap": "gray", "vmin": 0, "vmax": 255}
     page.imshow(picture, extent=(left, right, bottom, top), **style)

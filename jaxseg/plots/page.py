@@ -6,11 +6,12 @@ inches.
 """
 
 import pathlib
+from typing import Any
 
 import matplotlib.axes
 import matplotlib.font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from jaxseg.files import replacing
 
@@ -42,15 +43,16 @@ def new_page(width: float, height: float) -> matplotlib.axes.Axes:
     return page
 
 
-def save(figure: Figure, path: pathlib.Path) -> None:
+def save(figure: Figure | SubFigure, path: pathlib.Path) -> None:
     """Writes a figure; raises OSError, and keeps what was there, if it cannot."""
     with replacing(path) as new:
-        figure.savefig(new, dpi=DPI)
+        figure.canvas.print_figure(new, dpi=DPI)
 
 
-def write(parent: matplotlib.axes.Axes | Figure, x: float, y: float, text: str, size: float, **style) -> None:
+def write(parent: matplotlib.axes.Axes | Figure, x: float, y: float, text: str, size: float, **style: Any) -> None:
     """Writes a text as it is: a dollar sign in a class name starts no formula."""
-    parent.text(x, y, text, **{"fontsize": size, "color": INK, "parse_math": False} | style)
+    options: dict[str, Any] = {"fontsize": size, "color": INK, "parse_math": False} | style
+    parent.text(x, y, text, **options)
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:

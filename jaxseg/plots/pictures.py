@@ -7,6 +7,7 @@ from typing import NamedTuple
 import matplotlib.axes
 import numpy as np
 from matplotlib.patches import Rectangle
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from jaxseg.plots.page import (
@@ -49,7 +50,7 @@ class Example(NamedTuple):
 
 
 def plot_results(
-    examples: Sequence[Example], names: Sequence[str], colours: np.ndarray, path: pathlib.Path
+    examples: Sequence[Example], names: Sequence[str], colours: ArrayLike, path: pathlib.Path
 ) -> list[pathlib.Path]:
     """Draws result pictures: a row per example of photograph, label and prediction, captioned, with one legend.
 
