@@ -137,12 +137,12 @@ MISTAKES = {
     "RGB label": (
         lambda r: save(r / "val/seg/c.png", random_image(14, 18)),
         "val/seg/c.png",
-        "a label must be an 8-bit grey or palette PNG, and this has mode RGB",
+        "the label has the colour #5f82c2 in row 0, column 0, which is not that of one class; save the class of each",
     ),
     "16-bit label": (
-        lambda r: save(r / "val/seg/c.png", np.zeros((14, 18), np.uint16)),
+        lambda r: save(r / "val/seg/c.png", np.full((14, 18), 1000, np.uint16)),
         "val/seg/c.png",
-        "a label must be an 8-bit grey or palette PNG, and this has mode I",
+        "the label has the 16-bit value 1000; save the class of each pixel as one 8-bit value",
     ),
     "label out of range": (
         lambda r: save(r / "val/seg/a.png", ZEROS + 4),
@@ -172,6 +172,11 @@ MISTAKES = {
         lambda r: (r / "val/img/c.png").write_bytes(bomb(60000)),
         "val/img/c.png",
         "cannot be read (Image size (3600000000 pixels) exceeds limit",
+    ),
+    "small bomb": (
+        lambda r: (r / "val/seg/c.png").write_bytes(bomb(9000)),
+        "val/seg/c.png",
+        "cannot be read (66 bytes hold no 9000 x 9000 pixels); replace or remove it",
     ),
 }
 

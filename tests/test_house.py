@@ -29,6 +29,7 @@ ALLOWED = {
     "jaxseg.plots.curves": {"jaxseg.plots.page"},
     "jaxseg.plots.filtering": {"jaxseg.plots.page"},
     "jaxseg.plots.pictures": {"jaxseg.plots.page"},
+    "jaxseg.data.images": {"jaxseg.data.labels"},
     "jaxseg.data.folder": {"jaxseg.data.images", "jaxseg.data.labels"},
     "jaxseg.data.loader": {"jaxseg.data.canvases", "jaxseg.data.labels"},
     "jaxseg.data.shapes": {"jaxseg.data.labels"},

@@ -1,7 +1,7 @@
 """A data set in a folder: DIR/{train,val,test}/{img,seg}, an image and a label of the same stem for each example.
 
-Images are JPEG or PNG of any size; labels are 8-bit grey or palette PNG whose values are the classes, 255 for ignored.
-`DIR/classes.txt` (see `labels.read_classes`) names the classes.
+Images are JPEG or PNG of any size; labels are 8-bit grey or palette PNG whose values are the classes, 255 for ignored,
+or what else `images.read_label` takes. `DIR/classes.txt` (see `labels.read_classes`) names the classes.
 """
 
 import concurrent.futures
@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxseg.data.images import label_size, read_image, read_label
-from jaxseg.data.labels import IGNORE_LABEL, Labels, name_classes, read_classes
+from jaxseg.data.labels import IGNORE_LABEL, Colour, Labels, name_classes, read_classes
 
 _LAYOUT = "{train,val,test}/{img,seg}"
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -28,12 +28,16 @@ class FolderSource:
       names: the examples' stems, sorted.
       image_paths: a file for each name.
       label_paths: a file for each name.
+      colours: of the classes; see `images.read_label`.
     """
 
-    def __init__(self, image_paths: Sequence[pathlib.Path], label_paths: Sequence[pathlib.Path]):
+    def __init__(
+        self, image_paths: Sequence[pathlib.Path], label_paths: Sequence[pathlib.Path], colours: Sequence[Colour] = ()
+    ):
         self.names = tuple(path.stem for path in image_paths)
         self.image_paths = tuple(image_paths)
         self.label_paths = tuple(label_paths)
+        self.colours = tuple(colours)
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -47,17 +51,16 @@ class FolderSource:
 
         Raises:
           UnreadableFileError: a file cannot be read.
-          ValueError: a label is of another mode.
         """
         return {
             "image": read_image(self.image_paths[index]),
-            "label": read_label(self.label_paths[index]),
+            "label": self.label(index),
             "name": self.names[index],
         }
 
     def label(self, index: int) -> np.ndarray:
         """Decodes one label alone: (H, W) uint8."""
-        return read_label(self.label_paths[index])
+        return read_label(self.label_paths[index], colours=self.colours)
 
     def label_sizes(self) -> np.ndarray:
         """(N, 2) int64: the height and width of each label in pixels, from the files' headers."""
@@ -92,7 +95,7 @@ def open_folder(
     for split in splits:
         if split == "test" and len(splits) > 1 and not (root / split).exists():
             continue
-        sources[split] = _open_split(root, split)
+        sources[split] = _open_split(root, split, labels.colours)
     return labels, sources
 
 
@@ -141,7 +144,7 @@ def _open_classes(root: pathlib.Path, num_classes: int | None) -> Labels:
     return labels
 
 
-def _open_split(root: pathlib.Path, split: str) -> FolderSource:
+def _open_split(root: pathlib.Path, split: str, colours: Sequence[Colour]) -> FolderSource:
     """Pairs the images and labels of one split."""
     image_folder, label_folder = root / split / "img", root / split / "seg"
     for folder in (image_folder, label_folder):
@@ -161,7 +164,8 @@ def _open_split(root: pathlib.Path, split: str) -> FolderSource:
     _raise_first(mistakes)
     if not images:
         raise ValueError(f"{image_folder}: no JPEG or PNG images in it; put the {split} images there")
-    return FolderSource([images[stem] for stem in sorted(images)], [labels[stem] for stem in sorted(images)])
+    stems = sorted(images)
+    return FolderSource([images[stem] for stem in stems], [labels[stem] for stem in stems], colours)
 
 
 def _find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
