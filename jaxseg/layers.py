@@ -56,8 +56,11 @@ def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], 
     """
     (rows, columns), channels = size, x.shape[3]
     n, height, width, out_channels = g.shape
+    # A zero that is not known before g is: otherwise XLA would make the copies of x in the forward pass already, and keep
+    # those of all layers until the backward pass takes them. (An optimization_barrier is gone when it orders them.)
+    zero = 0 * g[0, 0, 0, 0]
     if strides == 1 and (channels <= _MANY_CHANNELS or rows == columns == 1):
-        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        x = jax.lax.pad(x, zero, ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
         by_column = jnp.concatenate([x[:, :, v : v + width] for v in range(columns)], axis=-1)
         shifts = [((0, 0), (u, rows - 1 - u), (0, 0), (0, 0)) for u in range(rows)]
         by_row = jnp.concatenate([jnp.pad(g, shift) for shift in shifts], axis=-1)
@@ -68,7 +71,7 @@ def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], 
     phase_height, phase_width = height + (rows - 1) // strides, width + (columns - 1) // strides
     ends = (strides * phase_height - x.shape[1] - padding, strides * phase_width - x.shape[2] - padding)
     edges = ((0, 0, 0), (0, 0, 0), (padding, ends[0], 0), (padding, ends[1], 0))
-    maps = jax.lax.pad(x.transpose(3, 0, 1, 2), jnp.zeros((), x.dtype), edges)
+    maps = jax.lax.pad(x.transpose(3, 0, 1, 2), zero, edges)
     maps = maps.reshape(channels, n, phase_height, strides, phase_width, strides).transpose(3, 5, 0, 1, 2, 4)
     # Otherwise XLA would transpose anew for each tap.
     maps = jax.lax.optimization_barrier(maps)

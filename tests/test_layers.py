@@ -471,3 +471,21 @@ def record():
 
 if __name__ == "__main__":
     record()
+
+
+def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map():
+    """Its shifted copies, three or more of them, are made when they are needed, not in the forward pass."""
+    shape = (2, 64, 64, 64)
+
+    def megabytes(layers):
+        def loss(kernels, x):
+            for kernel in kernels:
+                x = jax.nn.relu(conv(x, kernel, 1, 1))
+            return jnp.vdot(x, x)
+
+        kernels = [jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)] * layers
+        compiled = jax.jit(jax.grad(loss)).lower(kernels, jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    one_map = 4 * np.prod(shape) / 2**20
+    assert megabytes(8) - megabytes(4) <= 4 * one_map
