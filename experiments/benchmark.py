@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, prog="python -m experiments.benchmark", description=__doc__, args=argv)
     try:
         check(settings)
+        keep_freed_memory(may_restart=argv is None)
         results = measure(settings)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

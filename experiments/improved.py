@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    keep_freed_memory()
+    keep_freed_memory(may_restart=argv is None)
     # Imported only now: jax takes seconds, and --help must not wait for it.
     from experiments.run import run
     from jaxseg.decoders import ImprovedDecoder

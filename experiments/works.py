@@ -130,6 +130,7 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
         )
         step = train.pmap_step(update, devices, donate=True, keyed=True)
         state, key = train.start_stage(variables, tx, devices), train.replicate(jax.random.key(0), devices)
+        variables = None  # the state has copies
         on_devices = train.batches_on_devices(batches, devices)
 
         def work_on(number: int) -> None:

@@ -56,8 +56,8 @@ def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], 
     """
     (rows, columns), channels = size, x.shape[3]
     n, height, width, out_channels = g.shape
-    # A zero that is not known before g is: otherwise XLA would make the copies of x in the forward pass already, and keep
-    # those of all layers until the backward pass takes them. (An optimization_barrier is gone when it orders them.)
+    # A zero that is not known before g is: otherwise XLA makes the copies of x in the forward pass already, and keeps
+    # those of all layers until the backward pass takes them. (An optimization_barrier is gone before it orders them.)
     zero = 0 * g[0, 0, 0, 0]
     if strides == 1 and (channels <= _MANY_CHANNELS or rows == columns == 1):
         x = jax.lax.pad(x, zero, ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))

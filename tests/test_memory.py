@@ -1,5 +1,6 @@
 """What is freed is not asked of the kernel again."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -27,6 +28,25 @@ if {keep}:
 faults()
 print(faults())
 """
+
+
+RESTARTING = """
+import os, sys
+from experiments import memory
+
+memory._has_huge_pages = lambda: True
+print(sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
+memory.keep_freed_memory(may_restart=True)
+"""
+
+
+@pytest.mark.parametrize("others", ["", "glibc.malloc.tcache_count=3"])
+def test_a_program_starts_again_once_with_its_command_line_and_huge_pages(others):
+    environment = {**os.environ, "GLIBC_TUNABLES": others}
+    command = [sys.executable, "-c", RESTARTING, "--workdir", "a b"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    tunables = f"{others}:glibc.malloc.hugetlb=1" if others else "glibc.malloc.hugetlb=1"
+    assert said.splitlines() == [f"['--workdir', 'a b'] {others}", f"['--workdir', 'a b'] {tunables}"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
