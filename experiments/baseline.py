@@ -15,10 +15,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     keep_freed_memory(may_restart=argv is None)
     # Imported only now: jax takes seconds, and --help must not wait for it.
+    from experiments.prepare import make_baseline
     from experiments.run import run
-    from jaxseg.decoders import BaselineDecoder
 
-    return run(settings, lambda num_classes, _: BaselineDecoder(num_classes))
+    return run(settings, make_baseline)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     keep_freed_memory(may_restart=argv is None)
     # Imported only now: jax takes seconds, and --help must not wait for it.
+    from experiments.prepare import make_improved
     from experiments.run import run
-    from jaxseg.decoders import ImprovedDecoder
-    from jaxseg.train import AXIS
 
-    return run(settings, lambda num_classes, rate: ImprovedDecoder(num_classes, dropout_rate=rate, axis_name=AXIS))
+    return run(settings, make_improved)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from experiments.settings import Settings
 from jaxseg import pretrained, train
 from jaxseg.data import loader
 from jaxseg.data.labels import Labels
-from jaxseg.decoders import start_at_prior
+from jaxseg.decoders import BaselineDecoder, ImprovedDecoder, start_at_prior
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
 
@@ -26,6 +26,16 @@ _UNOPTIMISED = {"xla_backend_optimization_level": 0}
 MakeDecoder = Callable[[int, float], nn.Module]
 # As `experiments.datasets.find_data`.
 FindData = Callable[[Settings], tuple[Labels, Callable[[], dict[str, Any]]]]
+
+
+def make_baseline(num_classes: int, dropout_rate: float) -> BaselineDecoder:
+    """The report's baseline, which drops nothing."""
+    return BaselineDecoder(num_classes)
+
+
+def make_improved(num_classes: int, dropout_rate: float) -> ImprovedDecoder:
+    """The report's improved model; its batch statistics are those of all devices' images."""
+    return ImprovedDecoder(num_classes, dropout_rate=dropout_rate, axis_name=train.AXIS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import pathlib
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,19 @@ def stage_difference(before: np.ndarray, after: np.ndarray, names: tuple[str, ..
         return line
     most, least = int(np.nanargmax(gain)), int(np.nanargmin(gain))
     return f"{line}; most for {names[most]} ({gain[most]:+.3f}), least for {names[least]} ({gain[least]:+.3f})"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that can be read as it is, too: a line of cells for each row, the first column to the left."""
+    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
+    rules = ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        texts = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        return f"| {' | '.join(texts)} |"
+
+    return "\n".join(map(line, [header, rules, *rows]))
 
 
 def write_results(

@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,13 +18,13 @@ from experiments.datasets import find_data
 from experiments.prepare import FindData, MakeDecoder, Run, prepare
 from experiments.processes import Agreement, Mistake, Processes, start
 from experiments.results import draw, print_table, write_results
-from experiments.settings import Settings, differences, to_json
+from experiments.settings import Settings, to_json
 from experiments.stages import Records, resume, share_resumed, train_stages
 from experiments.stop import Stop, Terminated, catch_signals, interrupted_by_sigterm
+from experiments.workdir import check_workdir, claim_workdir, differ
 from jaxseg import boundary, checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
 from jaxseg.data.images import UnreadableFileError
-from jaxseg.files import replacing
 from jaxseg.log import MetricsLog
 
 
@@ -207,66 +206,6 @@ def describe_run(run: Run) -> dict[str, Any]:
     return {"settings": to_json(run.settings), "decoder": decoder, **labels, "images": images}
 
 
-def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
-    """Raises ValueError unless the workdir is missing, empty, or that of a run of the same `meta`, and writable."""
-    for path in (workdir, *workdir.parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--workdir {workdir}: {path} is a file: name a folder")
-    there = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
-    for path in (there, *(workdir / name for name in ("checkpoints", "events", "figures"))):
-        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
-            raise ValueError(f"--workdir {workdir}: you may not write to {path}: name a folder of your own")
-    config = workdir / "config.json"
-    if not config.exists():
-        if workdir.is_dir() and any(workdir.iterdir()):
-            raise ValueError(f"--workdir {workdir} is not empty and holds no run: name another, or empty it")
-        return
-    try:
-        found = differ(json.loads(config.read_text()), meta)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{config} is damaged ({error!r}): put it back, or give another --workdir") from error
-    if found:
-        raise ValueError(
-            f"--workdir {workdir} holds a run that differs: {'; '.join(found)}. Go on with its options, or give another"
-            f" --workdir (and --weights {workdir} --weights-scope all, to begin where it stands)"
-        )
-
-
-def differ(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """In what two `describe_run` differ, as far as the second one goes."""
-    # An older version did not say which decoder it was.
-    there = {"decoder": here.get("decoder"), **there}
-    return differences(there["settings"], here["settings"]) + [
-        f"{name} {there[name]} there, {here[name]} here"
-        for name in here.keys() - {"settings"}
-        if there[name] != here[name]
-    ]
-
-
-@contextlib.contextmanager
-def claim_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> Iterator[None]:
-    """Makes the workdir and its config.json, and locks it against other processes.
-
-    Raises:
-      ValueError: another process works in it, or `check_workdir` finds a mistake.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    config = workdir / "config.json"
-    # Once more: the data is known only now, and another run may have taken the folder meanwhile.
-    check_workdir(workdir, meta)
-    if not config.exists():
-        with replacing(config) as new:
-            new.write_text(json.dumps(meta, indent=2) + "\n")
-    with open(config) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--workdir {workdir}: another process works in it; wait for it, or name another"
-            ) from None
-        yield
-
-
 def describe(stage: train.Stage, params: Any) -> str:
     """One line: what is frozen in a stage and what trains, with parameter counts."""
     fates = optimizer.parameter_labels(params, stage.freeze_encoder)
@@ -372,8 +311,9 @@ def finish(run: Run, variables: Any, saved: dict[str, Any], evaluate: Callable[[
         return
     workdir = run.settings.workdir
     checkpoint_of = {"stage": saved["stage_name"], "epoch": saved["epoch"]}
-    write_results(workdir, checkpoint_of, confusions, run.labels, boundary_ious)
     draw(run, variables, best, f"validation split, {best_epoch}")
+    # Last: a run that has its results is over.
+    write_results(workdir, checkpoint_of, confusions, run.labels, boundary_ious)
     print(f"\neverything is in {workdir}: config.json, metrics.csv, results.json, events/, checkpoints/, figures/")
 
 

@@ -4,11 +4,13 @@ import dataclasses
 import datetime
 import math
 import pathlib
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
 from experiments.datasets import KINDS, DataOptions, check_options, short_name, split_dataset
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Settings(Options):
 
 
 def parse(name: str, description: str, argv: list[str] | None = None) -> Settings:
-    """Reads the command line; prints the help and exits (0), or a mistake in it (2), as argparse does.
+    """Reads the command line of an experiment that has these options alone.
 
     Args:
       name: the experiment's, such as 'baseline'.
@@ -150,14 +152,25 @@ def parse(name: str, description: str, argv: list[str] | None = None) -> Setting
     Raises:
       ValueError: a value is out of range, or the data set or the weights are not named as they must be.
     """
-    options = tyro.cli(
-        Options,
+    return complete(read_options(Options, name, description, argv), name)
+
+
+def read_options(options: type[T], name: str, description: str, argv: list[str] | None = None) -> T:
+    """Reads the command line; prints the help and exits (0), or a mistake in it (2), as argparse does.
+
+    Args:
+      options: a dataclass: `Options`, or one that has it as a field among others.
+      name: the experiment's.
+      description: what it does, for --help.
+      argv: the arguments, `sys.argv[1:]` if None.
+    """
+    return tyro.cli(
+        options,
         prog=f"python -m experiments.{name}",
         description=f"{description}\n\n{_list_recipes(name)}",
         args=argv,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
-    return complete(options, name)
 
 
 def _list_recipes(name: str) -> str:
@@ -239,15 +252,20 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"--max-degrees must be from 0 to 180, not {settings.max_degrees}")
     if not all(0 <= rate < 1 for rate in settings.dropout):
         raise ValueError(f"--dropout must be from 0 to below 1, not {settings.dropout[0]} {settings.dropout[1]}")
-    # The loader's seeds are twice this one, and 32 bits long.
-    if not 0 <= settings.seed < 2**31 - 1:
-        raise ValueError(f"--seed must be from 0 to {2**31 - 2}, not {settings.seed}")
+    check_seed(settings.seed, "--seed")
     if min(settings.epochs) < 0 or max(settings.epochs) == 0:
         raise ValueError(f"--epochs {settings.epochs[0]} {settings.epochs[1]}: both from 0 up, and one of them above 0")
     if settings.weights_scope == "all" and settings.weights in ("none", "imagenet"):
         raise ValueError(f"--weights-scope all: --weights {settings.weights} has no decoder, name the workdir of a run")
     _check_processes(settings)
     check_options(settings)
+
+
+def check_seed(seed: int, option: str) -> None:
+    """Raises ValueError, and names the option, if a seed is out of range."""
+    # The loader's seeds are twice this one, and 32 bits long.
+    if not 0 <= seed < 2**31 - 1:
+        raise ValueError(f"{option} must be from 0 to {2**31 - 2}, not {seed}")
 
 
 def _check_processes(settings: Settings) -> None:

@@ -23,8 +23,9 @@ from experiments import baseline, improved
 from experiments import prepare as preparing
 from experiments.datasets import find_data
 from experiments.prepare import prepare
-from experiments.run import differ, how_to_go_on
-from experiments.settings import Settings, complete, parse, to_json
+from experiments.run import how_to_go_on
+from experiments.settings import Options, complete, parse, to_json
+from experiments.workdir import differ
 from jaxseg import checkpoint
 from jaxseg.data import loader, shapes
 from jaxseg.data.folder import open_folder
@@ -327,23 +328,23 @@ def test_a_batch_larger_than_the_split(folder, tmp_path, capsys):
 
 
 def test_what_is_not_given_comes_from_the_recipe_of_the_data_set():
-    settings = complete(Settings(batch_size=4), "baseline")
+    settings = complete(Options(batch_size=4), "baseline")
     assert settings.batch_size == 4
     assert settings.image_size == (96, 128) and settings.weights == "none"
     assert settings.workdir.parts[0] == "runs" and settings.workdir.name.startswith("baseline-shapes-")
-    report = complete(Settings(dataset="folder:some/street scenes", weights="none"), "baseline")
+    report = complete(Options(dataset="folder:some/street scenes", weights="none"), "baseline")
     assert report.image_size == (352, 448)
     assert report.workdir.name.startswith("baseline-street scenes-")
 
 
 def test_quick_is_seen_in_the_settings_and_yields_to_options_that_are_given(tmp_path, capsys):
-    quick = complete(Settings(quick=True), "improved")
+    quick = complete(Options(quick=True), "improved")
     assert (quick.dataset, quick.image_size, quick.epochs) == ("shapes:small", (64, 96), (1, 2))
-    usual = complete(Settings(), "improved")
+    usual = complete(Options(), "improved")
     # All that makes the experiment what it is stays.
     for name in ("max_degrees", "dropout", "learning_rate", "schedule", "encoder"):
         assert getattr(quick, name) == getattr(usual, name)
-    given = complete(Settings(quick=True, dataset="folder:a", weights="none", epochs=(0, 5), batch_size=2), "baseline")
+    given = complete(Options(quick=True, dataset="folder:a", weights="none", epochs=(0, 5), batch_size=2), "baseline")
     assert (given.dataset, given.epochs, given.batch_size, given.image_size) == ("folder:a", (0, 5), 2, (64, 96))
     (tmp_path / "config.json").write_text(json.dumps({"settings": to_json(quick)}))
     assert baseline.main(["--workdir", str(tmp_path)]) == 2
@@ -358,7 +359,7 @@ def test_help_explains_every_option_without_loading_jax():
     assert out.strip().endswith("False")
     words = " ".join(out.split())
     explained = words.partition(" options ")[2]
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(Options):
         option = f"--{field.name.replace('_', '-')}"
         text = re.split(rf"{option}[ ,]", explained, maxsplit=1)[1]
         assert len(text.partition("(default")[0]) > 40, option

@@ -22,13 +22,15 @@ ALLOWED = {
     "jaxseg.plots.page": {"jaxseg.files"},
     "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "enlarge", "losses", "metrics")},
     "jaxseg.plots.__init__": {
-        f"jaxseg.plots.{name}" for name in ("architecture", "confusion", "curves", "filtering", "page", "pictures")
+        f"jaxseg.plots.{name}"
+        for name in ("architecture", "confusion", "curves", "filtering", "page", "pictures", "variants")
     },
     "jaxseg.plots.architecture": {"jaxseg.plots.page"},
     "jaxseg.plots.confusion": {"jaxseg.plots.page"},
     "jaxseg.plots.curves": {"jaxseg.plots.page"},
     "jaxseg.plots.filtering": {"jaxseg.plots.page"},
     "jaxseg.plots.pictures": {"jaxseg.plots.page"},
+    "jaxseg.plots.variants": {"jaxseg.plots.page"},
     "jaxseg.data.images": {"jaxseg.data.labels"},
     "jaxseg.data.folder": {"jaxseg.data.images", "jaxseg.data.labels"},
     "jaxseg.data.loader": {"jaxseg.data.canvases", "jaxseg.data.labels"},

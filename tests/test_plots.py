@@ -10,7 +10,7 @@ from PIL import Image
 
 from jaxseg import metrics, plots
 from jaxseg.plots import confusion as matrix
-from jaxseg.plots import curves, pictures
+from jaxseg.plots import curves, pictures, variants
 
 COLOURS = ((0, 0, 0), (200, 0, 0), (0, 180, 0), (0, 0, 220))
 NAMES = ("background", "red thing", "green thing", "blue thing")
@@ -161,6 +161,71 @@ def test_training_draws_a_loss_of_zero(tmp_path):
     stage.losses[-3:] = 0
     (path,) = plots.plot_training([stage], tmp_path)
     assert count_colour(read(path)[:, :720], (0x00, 0x72, 0xB2)) > 20
+
+
+def make_curves(number: int) -> list[plots.Curve]:
+    return [plots.Curve(f"run {k}", "", make_stage("", 60, 5, k), ended=k == 0) for k in range(number)]
+
+
+@pytest.mark.parametrize("number", [1, 6])
+@pytest.mark.filterwarnings("error")
+def test_the_curves_of_several_runs_are_in_one_figure_each_in_a_colour_of_its_own(tmp_path, number):
+    colours = [tuple(bytes.fromhex(colour[1:])) for colour in curves._ordered_colours(number)]
+    brightness = np.array(colours) @ plots.LUMA
+    assert (np.diff(brightness) > 5).all() and brightness.max() < 200
+    for draw in (plots.plot_losses, plots.plot_mean_ious):
+        draw(make_curves(number), "a title", tmp_path / "figure.png")
+        picture = read(tmp_path / "figure.png")
+        # In the panel and in the list beside it.
+        for part in (picture[:, :1010], picture[:, 1040:]):
+            assert min(count_colour(part, colour) for colour in colours) > 20
+        for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+            assert (edge == 255).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_runs_that_recorded_nothing_or_exploded_can_be_drawn(tmp_path):
+    nothing, one = make_stage("", 0, 0), make_stage("", 1, 0)
+    exploded = make_stage("", 50, 1)._replace(losses=np.geomspace(1, 1e30, 50))
+    runs = [plots.Curve("a", "diverged at step 1", stage, ended=True) for stage in (nothing, one, exploded)]
+    for number in range(1, 4):
+        plots.plot_losses(runs[:number], "", tmp_path / f"{number}.png")
+        plots.plot_mean_ious(runs[:number], "", tmp_path / f"{number}.png")
+    assert (read(tmp_path / "1.png") != 255).any()
+
+
+@pytest.mark.parametrize("values", [[0.0593], [0.48, 0.5, 0.4801], [0.0, 1.0], [0.3, 0.6], [0.7], [0.39999, 0.40001]])
+def test_ticks_are_round_numbers_around_the_scores(values):
+    ticks = variants._choose_ticks(np.array(values))
+    assert 2 <= len(ticks) <= 5
+    assert ticks[0] <= min(values) + 1e-9 and max(values) - 1e-9 <= ticks[-1]
+    np.testing.assert_allclose(ticks * 1000, np.round(ticks * 1000), atol=1e-6)
+    # None is there for nothing.
+    assert ticks[1] > min(values) - 1e-9 and ticks[-2] < max(values) + 1e-9
+
+
+@pytest.mark.filterwarnings("error")
+def test_variants_are_drawn_where_their_scores_are(tmp_path):
+    blue = (0x00, 0x72, 0xB2)
+    shown = [
+        plots.Variant("baseline", {"validation": np.array([0.5]), "test": np.array([0.4])}),
+        plots.Variant("better", {"validation": np.array([0.6]), "test": np.array([0.5])}),
+        plots.Variant("worse", {"validation": np.array([0.55])}, note="diverged"),
+    ]
+    plots.plot_variants(shown, "a title", tmp_path / "figure.png")
+    picture = read(tmp_path / "figure.png")
+    marks = np.abs(picture - np.array(blue)).max(-1) <= 2
+    rows, _ = np.nonzero(marks)
+    places = []
+    for band in np.split(np.arange(picture.shape[0]), np.nonzero(np.diff(marks.any(1)))[0] + 1):
+        if marks[band].any():
+            columns = np.unique(np.nonzero(marks[band])[1])
+            places.append([part.mean() for part in np.split(columns, np.nonzero(np.diff(columns) > 5)[0] + 1)])
+    assert [len(place) for place in places] == [2, 2, 1], rows
+    (base, base_test), (better, better_test), (worse,) = places
+    assert base < worse < better and base_test < better_test
+    np.testing.assert_allclose(worse, (base + better) / 2, atol=1.5)
+    plots.plot_variants([plots.Variant("a", {}, note="diverged")], "", tmp_path / "nothing.png")
 
 
 def test_training_rings_the_best_epoch(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import baseline, prepare, stages
-from experiments.settings import Settings, complete, to_json
+from experiments.settings import Options, complete, to_json
 from jaxseg import checkpoint, train
 from jaxseg.data import loader
 from jaxseg.data.folder import open_folder
@@ -142,7 +142,7 @@ def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path, monkeyp
 
 def test_a_workdir_of_other_settings_is_refused_with_the_differences(folder, tmp_path, capsys):
     workdir = tmp_path / "run"
-    settings = Settings(dataset=f"folder:{folder}", weights="none", num_classes=2, workdir=workdir)
+    settings = Options(dataset=f"folder:{folder}", weights="none", num_classes=2, workdir=workdir)
     settings = complete(settings, "baseline")
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps({"settings": to_json(settings), "names": [], "images": {}}))

@@ -2,7 +2,7 @@
 
 from jaxseg.plots.architecture import plot_architecture
 from jaxseg.plots.confusion import plot_confusion
-from jaxseg.plots.curves import StageHistory, plot_training
+from jaxseg.plots.curves import Curve, StageHistory, plot_losses, plot_mean_ious, plot_training
 from jaxseg.plots.filtering import (
     Panel,
     choose_detail,
@@ -13,14 +13,17 @@ from jaxseg.plots.filtering import (
 )
 from jaxseg.plots.page import DPI, LUMA
 from jaxseg.plots.pictures import VOID_COLOUR, Example, choose_examples, overlay, plot_results
+from jaxseg.plots.variants import Variant, plot_variants
 
 __all__ = [
     "DPI",
     "LUMA",
     "VOID_COLOUR",
+    "Curve",
     "Example",
     "Panel",
     "StageHistory",
+    "Variant",
     "choose_detail",
     "choose_examples",
     "magnitude_picture",
@@ -28,8 +31,11 @@ __all__ = [
     "plot_architecture",
     "plot_confusion",
     "plot_filtered",
+    "plot_losses",
+    "plot_mean_ious",
     "plot_results",
     "plot_training",
+    "plot_variants",
     "sample_photograph",
     "signed_picture",
 ]

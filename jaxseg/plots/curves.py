@@ -4,10 +4,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import matplotlib.axes
+import matplotlib.colors
 import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from jaxseg.plots.page import (
     BLUE,
@@ -43,6 +46,22 @@ class StageHistory(NamedTuple):
     mean_ious: np.ndarray
 
 
+class Curve(NamedTuple):
+    """What one of several runs recorded in a stage; all values finite.
+
+    Attributes:
+      name: such as "learning rate 0.001".
+      note: below the name, such as "best: 0.431 after epoch 7"; may be empty.
+      stage: the curves.
+      ended: the run ended early, there: its last loss is marked.
+    """
+
+    name: str
+    note: str
+    stage: StageHistory
+    ended: bool = False
+
+
 def plot_training(history: Sequence[StageHistory], directory: pathlib.Path, first: int = 1) -> list[pathlib.Path]:
     """Draws a figure per stage: training loss per iteration beside validation mIoU per epoch.
 
@@ -58,8 +77,7 @@ def plot_training(history: Sequence[StageHistory], directory: pathlib.Path, firs
       The files written.
     """
     losses = np.concatenate([np.zeros(0), *(np.asarray(stage.losses, float) for stage in history)])
-    trend = np.concatenate([np.zeros(0), *(_moving_average(stage.losses) for stage in history)])
-    log_scale = losses.size > 0 and losses.min() > 0 and trend.max() >= 10 * trend.min()
+    log_scale = _falls_tenfold(history)
     loss_limits = _loss_limits(losses, log_scale)
     mean_iou_limits = _mean_iou_limits(np.concatenate([np.zeros(0), *(stage.mean_ious for stage in history)]))
     paths, best_before = [], None
@@ -73,6 +91,71 @@ def plot_training(history: Sequence[StageHistory], directory: pathlib.Path, firs
         paths.append(directory / f"training_stage_{index}.png")
         save(figure, paths[-1])
     return paths
+
+
+def plot_losses(curves: Sequence[Curve], title: str, path: pathlib.Path) -> None:
+    """Draws the running mean of the training loss of several runs into one figure, and where one of them ended early.
+
+    Args:
+      curves: the runs, in the order of what distinguishes them, which gives the colours.
+      title: above the figure.
+      path: the PNG file to write.
+    """
+    smooth = [_moving_average(curve.stage.losses) for curve in curves]
+    log_scale = _falls_tenfold([curve.stage for curve in curves])
+    axes = _shared_panel(curves, title)
+    _label_loss_axis(axes, log_scale)
+    axes.set_ylim(*_loss_limits(np.concatenate([np.zeros(0), *smooth]), log_scale))
+    for curve, values, colour in zip(curves, smooth, _ordered_colours(len(curves)), strict=True):
+        marker = "o" if len(values) == 1 else None
+        axes.plot(curve.stage.steps, values, color=colour, linewidth=1.4, marker=marker, markersize=3)
+        if curve.ended and len(values):
+            axes.plot(curve.stage.steps[-1], values[-1], color=colour, marker="X", markersize=7, clip_on=False)
+    _subtitle(axes, "running mean")
+    save(axes.figure, path)
+
+
+def plot_mean_ious(curves: Sequence[Curve], title: str, path: pathlib.Path) -> None:
+    """Draws the validation mIoU of several runs into one figure, each run's best epoch ringed; as `plot_losses`."""
+    axes = _shared_panel(curves, title)
+    limits = _mean_iou_limits(np.concatenate([np.zeros(0), *(curve.stage.mean_ious for curve in curves)]))
+    _label_mean_iou_axis(axes, limits)
+    for curve, colour in zip(curves, _ordered_colours(len(curves)), strict=True):
+        epochs, values = curve.stage.epochs, curve.stage.mean_ious
+        axes.plot(epochs, values, color=colour, linewidth=1.4, marker="o", markersize=3, clip_on=False)
+        if len(values):
+            best = int(np.argmax(values))
+            ring: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.2}
+            axes.plot(epochs[best], values[best], color=colour, clip_on=False, **ring)
+    _subtitle(axes, "ringed: the best epoch")
+    save(axes.figure, path)
+
+
+def _shared_panel(curves: Sequence[Curve], title: str) -> matplotlib.axes.Axes:
+    """Axes for several runs on a figure of their own, with the runs' names and notes at the right."""
+    figure = new_figure(PAGE_WIDTH, max(3.4, 0.8 + 0.42 * len(curves)))
+    height = figure.get_figheight()
+    write(figure, 0.085, 1 - 0.12 / height, title, TITLE_SIZE, weight="bold", va="top")
+    axes = _panel(figure, (0.085, 0.45 / height, 0.61, 1 - 0.98 / height))
+    for index, (curve, colour) in enumerate(zip(curves, _ordered_colours(len(curves)), strict=True)):
+        y = 1 - (0.66 + 0.42 * index) / height
+        figure.add_artist(Line2D([0.73, 0.755], [y, y], color=colour, linewidth=2, solid_capstyle="butt"))
+        write(figure, 0.768, y, curve.name, TEXT_SIZE, va="center_baseline")
+        write(figure, 0.768, y - 0.16 / height, curve.note, SMALL_SIZE, color=MUTED, va="center_baseline")
+    return axes
+
+
+def _ordered_colours(number: int) -> list[str]:
+    """Colours from dark to light, which differ in brightness too; the lightest can still be seen on white."""
+    viridis = matplotlib.colormaps["viridis"]
+    return [matplotlib.colors.to_hex(viridis(place)) for place in np.linspace(0, 0.9, number)]
+
+
+def _falls_tenfold(history: Sequence[StageHistory]) -> bool:
+    """Whether a logarithmic axis suits the losses."""
+    losses = np.concatenate([np.zeros(0), *(np.asarray(stage.losses, float) for stage in history)])
+    trend = np.concatenate([np.zeros(0), *(_moving_average(stage.losses) for stage in history)])
+    return bool(losses.size > 0 and losses.min() > 0 and trend.max() >= 10 * trend.min())
 
 
 def _panel(figure: Figure, position: tuple[float, float, float, float]) -> matplotlib.axes.Axes:
@@ -114,14 +197,7 @@ def _loss_limits(losses: np.ndarray, log_scale: bool) -> tuple[float, float]:
 
 def _plot_loss(axes: matplotlib.axes.Axes, stage: StageHistory, limits: tuple[float, float], log_scale: bool) -> None:
     """The loss of each logged iteration, light, and its moving average."""
-    axes.set_xlabel("iteration", fontsize=TEXT_SIZE, color=INK)
-    axes.set_ylabel("training loss", fontsize=TEXT_SIZE, color=INK)
-    axes.xaxis.set_major_locator(_whole_numbers())
-    if log_scale:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    _label_loss_axis(axes, log_scale)
     axes.set_ylim(*limits)
     smooth = _moving_average(stage.losses)
     if np.array_equal(smooth, stage.losses):
@@ -130,6 +206,17 @@ def _plot_loss(axes: matplotlib.axes.Axes, stage: StageHistory, limits: tuple[fl
     axes.plot(stage.steps, stage.losses, color=BLUE, linewidth=0.6, alpha=0.35)
     axes.plot(stage.steps, smooth, color=BLUE, linewidth=1.6)
     _subtitle(axes, "light: as logged; dark: running mean")
+
+
+def _label_loss_axis(axes: matplotlib.axes.Axes, log_scale: bool) -> None:
+    axes.set_xlabel("iteration", fontsize=TEXT_SIZE, color=INK)
+    axes.set_ylabel("training loss", fontsize=TEXT_SIZE, color=INK)
+    axes.xaxis.set_major_locator(_whole_numbers())
+    if log_scale:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def _whole_numbers() -> matplotlib.ticker.MaxNLocator:
@@ -150,11 +237,7 @@ def _plot_mean_iou(
     axes: matplotlib.axes.Axes, stage: StageHistory, limits: tuple[float, float], best_before: float | None
 ) -> None:
     """The validation mIoU after each epoch, the best one ringed and named."""
-    axes.set_xlabel("epoch", fontsize=TEXT_SIZE, color=INK)
-    axes.set_ylabel("validation mIoU", fontsize=TEXT_SIZE, color=INK)
-    axes.set_ylim(*limits)
-    axes.yaxis.set_major_locator(matplotlib.ticker.MultipleLocator(0.1 if limits[1] - limits[0] > 0.25 else 0.05))
-    axes.xaxis.set_major_locator(_whole_numbers())
+    _label_mean_iou_axis(axes, limits)
     if not len(stage.epochs):
         return
     axes.set_xlim(np.min(stage.epochs) - 0.5, np.max(stage.epochs) + 0.5)
@@ -167,3 +250,11 @@ def _plot_mean_iou(
         axes.axhline(best_before, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
         note += f"; dotted: {best_before:.3f}, best before"
     _subtitle(axes, note)
+
+
+def _label_mean_iou_axis(axes: matplotlib.axes.Axes, limits: tuple[float, float]) -> None:
+    axes.set_xlabel("epoch", fontsize=TEXT_SIZE, color=INK)
+    axes.set_ylabel("validation mIoU", fontsize=TEXT_SIZE, color=INK)
+    axes.set_ylim(*limits)
+    axes.yaxis.set_major_locator(matplotlib.ticker.MultipleLocator(0.1 if limits[1] - limits[0] > 0.25 else 0.05))
+    axes.xaxis.set_major_locator(_whole_numbers())
