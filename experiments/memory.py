@@ -41,7 +41,7 @@ def keep_freed_memory(may_restart: bool = False) -> None:
 def _has_huge_pages() -> bool:
     """Whether this glibc (2.35 and later) can ask for transparent huge pages, and the kernel gives them."""
     try:
-        name, version = os.confstr("CS_GNU_LIBC_VERSION").split()
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
         enabled = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     except (AttributeError, OSError, ValueError):
         return False
