@@ -1,7 +1,6 @@
 """A trained run as a function: `load_run(workdir) -> Trained`, `segment(trained, image) -> class map`."""
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 from flax import linen as nn
 
 from jaxseg import checkpoint, train
+from jaxseg.classify import make_classify
 from jaxseg.data.labels import Labels
-from jaxseg.data.loader import resize_image
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
+from jaxseg.manner import Manner, prepare
 from jaxseg.resnet import VARIANTS, ResNet
 from jaxseg.segmenter import Segmenter
 
@@ -65,7 +65,7 @@ def load_run(workdir: str | pathlib.Path, which: str | int = checkpoint.BEST, dt
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{workdir}: its checkpoint is not one of a run of this program ({error!r})") from error
     about = {name: meta.get(name) for name in ("stage_name", "epoch", "score")}
-    return Trained(model, jax.device_put(variables), labels, (height, width), settings, about)
+    return Trained(model, train.replicate(variables, jax.local_devices()[:1]), labels, (height, width), settings, about)
 
 
 def _make_model(encoder: str, dtype: str, params: Any) -> Segmenter:
@@ -82,14 +82,14 @@ def _make_model(encoder: str, dtype: str, params: Any) -> Segmenter:
     return Segmenter(ResNet(encoder, dtype=jnp.dtype(dtype)), kind(number, widths, dtype=jnp.dtype(dtype)))
 
 
-def segment(trained: Trained, image: np.ndarray) -> np.ndarray:
-    """Classifies every pixel of an image, as the run's own evaluation does.
-
-    The image is resized to the size that the run was trained at, and the logits are enlarged to the image's own.
+def segment(trained: Trained, image: np.ndarray, manner: Manner | None = None) -> np.ndarray:
+    """Classifies every pixel of an image.
 
     Args:
       trained: from `load_run`.
       image: (H, W, 3) uint8 RGB, any H and W from 1 up.
+      manner: how. None: as the run's own evaluation does, resized to the size that it was trained at, and what the
+        network gives enlarged to the image's own size; or `Manner(None)`: at its own size.
 
     Returns:
       (H, W) uint8 class indices.
@@ -97,17 +97,7 @@ def segment(trained: Trained, image: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: `image` is not of that shape and type.
     """
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or image.size == 0:
-        raise ValueError(f"an image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
-    batch = {
-        "image": resize_image(image, trained.image_size)[None],
-        "label": np.zeros((1, *image.shape[:2]), np.uint8),
-        "label_size": np.array([image.shape[:2]], np.int32),
-    }
-    return np.asarray(_classify(trained.variables, batch, model=trained.model)[0])
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _classify(variables: Any, batch: train.Batch, model: nn.Module) -> jax.Array:
-    return train.predict_step(variables, batch, model=model).astype(jnp.uint8)
+    manner = manner or Manner(trained.image_size)
+    classify = make_classify(trained.model, trained.variables, manner, jax.local_devices()[:1], batch_size=1)
+    ((_, classes),) = classify([("image", prepare(image, manner))])
+    return classes

@@ -11,14 +11,16 @@ ALLOWED = {
     "jaxseg.misfit": {"jaxseg.resnet"},
     "jaxseg.pretrained": {f"jaxseg.{name}" for name in ("checkpoint", "download", "misfit", "resnet", "torchfile")},
     "jaxseg.torchfile": {"jaxseg.torchpickle"},
+    "jaxseg.classify": {f"jaxseg.{name}" for name in ("enlarge", "manner", "tiles", "train")},
     "jaxseg.decoders": {"jaxseg.layers"},
     "jaxseg.boundary": {"jaxseg.metrics"},
     "jaxseg.inference": {
         f"jaxseg.{name}"
-        for name in ("checkpoint", "data.labels", "data.loader", "decoders", "resnet", "segmenter", "train")
+        for name in ("checkpoint", "classify", "data.labels", "decoders", "manner", "resnet", "segmenter", "train")
     },
     "jaxseg.checkpoint": {"jaxseg.files"},
     "jaxseg.log": {"jaxseg.files"},
+    "jaxseg.manner": {"jaxseg.data.loader"},
     "jaxseg.plots.page": {"jaxseg.files"},
     "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "enlarge", "losses", "metrics")},
     "jaxseg.plots.__init__": {

@@ -1,0 +1,206 @@
+"""Images of any size, in batches, on any devices, whole or in tiles: the class maps that the network itself gives."""
+
+import collections
+import functools
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from jaxseg import classify, train
+from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
+from jaxseg.manner import PADDING, Manner, prepare, shared_length
+from jaxseg.segmenter import MEAN, Segmenter
+from tests.peers.small_run import SmallEncoder
+
+MODEL = Segmenter(SmallEncoder("small"), ImprovedDecoder(3, (8, 8, 8, 8, 8)))
+DEVICES = jax.devices()
+
+
+def init(model):
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.uint8))
+    # Random biases, so that no class wins everywhere.
+    head = variables["params"]["decoder"]["head"]
+    head["kernel"] = 5 * jax.random.normal(jax.random.key(1), head["kernel"].shape)
+    return variables
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return init(MODEL)
+
+
+def photographs(*sizes):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def run(variables, images, manner, devices=1, batch_size=4, model=MODEL):
+    """The class maps in the images' order."""
+    classify_all = classify.make_classify(model, variables, manner, DEVICES[:devices], batch_size)
+    found = list(classify_all((index, prepare(image, manner)) for index, image in enumerate(images)))
+    assert sorted(index for index, _ in found) == list(range(len(images)))
+    return [classes for _, classes in sorted(found, key=lambda pair: pair[0])]
+
+
+@functools.cache
+def apply(model):
+    return jax.jit(model.apply)
+
+
+def logits_of(variables, image, model=MODEL):
+    return np.asarray(apply(model)(variables, image[None])[0])
+
+
+@pytest.mark.parametrize("devices,batch_size", [(1, 4), (4, 8)])
+def test_at_a_given_size_it_is_the_evaluations_class_map_to_the_pixel(variables, devices, batch_size):
+    images = photographs((1, 1), (64, 96), (40, 300), (700, 90), (64, 96))
+    manner = Manner((64, 96))
+    found = run(variables, images, manner, devices, batch_size)
+    batch = {
+        "image": np.stack([prepare(image, manner).shown[0] for image in images]),
+        "label": np.zeros((len(images), 700, 300), np.uint8),
+        "label_size": np.array([image.shape[:2] for image in images], np.int32),
+    }
+    expected = jax.jit(functools.partial(train.predict_step, model=MODEL))(variables, batch)
+    for image, classes, whole in zip(images, found, expected, strict=True):
+        assert classes.dtype == np.uint8
+        assert np.array_equal(classes, whole[: image.shape[0], : image.shape[1]])
+    assert len(np.unique(np.concatenate([classes.ravel() for classes in found]))) == 3
+
+
+def test_at_its_own_size_an_image_is_padded_with_the_mean_colour(variables):
+    assert np.abs(np.array(PADDING) / 255 - MEAN).max() < 0.5 / 255
+    for size in [(32, 64), (1, 1), (33, 150)]:
+        (image,) = photographs(size)
+        canvas = [32 * -(-length // 32) for length in size]
+        assert tuple(canvas) == tuple(map(shared_length, size))
+        padded = np.full((*canvas, 3), PADDING, np.uint8)
+        padded[: size[0], : size[1]] = image
+        logits = logits_of(variables, padded)[: size[0], : size[1]]
+        (classes,) = run(variables, [image], Manner(None))
+        assert np.array_equal(classes, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("image_size", [(64, 96), None])
+def test_probabilities_of_scales_and_mirror_images_are_averaged(variables, image_size):
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
+    (image,) = photographs((64, 96))
+    manner = Manner(image_size, flip=True, scales=(0.5, 1.0))
+    total = 0
+    shown = prepare(image, manner)
+    for one, (height, width), mirrored in zip(shown.shown, shown.sizes, [False, True] * 2, strict=True):
+        logits = torch.tensor(logits_of(variables, one)[:height, :width]).permute(2, 0, 1)[None]
+        logits = logits.flip(3) if mirrored else logits
+        total = total + torch.nn.functional.interpolate(logits, (64, 96), mode="bilinear").softmax(1)
+    (classes,) = run(variables, [image], manner)
+    assert (classes != total[0].argmax(0).numpy()).mean() <= 1e-3
+    (plain,) = run(variables, [image], Manner(image_size))
+    assert (classes != plain).mean() > 0.01
+
+
+def test_a_mirror_image_gives_the_mirrored_class_map_where_both_are_shown(variables):
+    (image,) = photographs((64, 90))
+    manner = Manner((64, 96), flip=True)
+    one, other = run(variables, [image, image[:, ::-1]], manner)
+    assert (one != other[:, ::-1]).mean() <= 1e-3
+
+
+@pytest.fixture
+def compiled():
+    """How many programs have been compiled since the test began, by XLA's name."""
+    counts = collections.Counter()
+
+    def count(event, _, fun_name="", **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts[fun_name] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_images_of_many_sizes_take_few_compilations(variables, compiled):
+    rng = np.random.default_rng(0)
+    images = photographs(*rng.integers(1, 65, (60, 2)))
+    # One program for the network, and few for class maps, in blocks with a side of 64 or 32.
+    classify._make_logits_fn.cache_clear(), classify._make_look_fn.cache_clear()
+    run(variables, images, Manner((32, 32)))
+    given = compiled["jit(_fun)"]
+    assert given <= 1 + 2
+    # Four shapes, 32 and 64 in both directions, each with its block.
+    run(variables, images, Manner(None))
+    own = compiled["jit(_fun)"] - given
+    assert own <= 4 + 4
+    run(variables, photographs(*rng.integers(33, 65, (60, 2))), Manner(None))
+    assert compiled["jit(_fun)"] - given == own
+
+
+def test_lengths_that_are_shared_are_few_and_near():
+    lengths = np.arange(1, 4097)
+    shared = np.array([shared_length(int(length)) for length in lengths])
+    assert (shared >= lengths).all() and not (shared % 32).any() and len(np.unique(shared)) == 24
+    assert (shared - lengths < np.maximum(32, lengths / 4)).all() and all(shared_length(int(x)) == x for x in shared)
+
+
+def test_what_waits_long_is_computed_in_a_batch_that_is_not_full(variables, monkeypatch):
+    monkeypatch.setattr(classify, "_WAITING", 4)
+    images = photographs((32, 32), (32, 64), *[(64, 64)] * 14)
+    asked = []
+
+    def named():
+        for index, image in enumerate(images):
+            asked.append(index)
+            yield index, prepare(image, Manner(None))
+
+    classify_all = classify.make_classify(MODEL, variables, Manner(None), DEVICES[:1], 8)
+    next(classify_all(named()))
+    assert len(asked) < len(images)
+    assert len(list(classify_all(named()))) == len(images)
+
+
+class Contextual(nn.Module):
+    """Five convolutions: a feature sees 63 x 63 pixels, twice as many in each direction as lie between two features."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for _ in range(5):
+            x = nn.relu(nn.Conv(6, (3, 3), 2, padding=1)(x))
+        return {32: x}
+
+
+def test_tiles_whose_context_suffices_equal_the_whole_image():
+    model = Segmenter(Contextual(), BaselineDecoder(3, (6, 6, 6, 6, 6)))
+    variables, (image,) = init(model), photographs((70, 810))
+    canvas = np.full((96, 832, 3), PADDING, np.uint8)
+    canvas[:70, :810] = image
+    whole = logits_of(variables, canvas, model)[:70, :810].argmax(-1)
+    assert len(np.unique(whole)) > 1
+    # Of an overlap of 256 pixels each tile leaves out the outer 96.
+    (tiled,) = run(variables, [image], Manner(None, tile=384, overlap=256), model=model)
+    assert np.array_equal(tiled, whole)
+    # With none there is a difference, or this test would prove nothing.
+    (tiled,) = run(variables, [image], Manner(None, tile=384, overlap=0), model=model)
+    assert 0 < (tiled != whole).mean() < 0.1
+
+
+def test_tiles_are_shown_mirrored_and_scaled_too_and_are_spread_over_the_devices(variables):
+    (image,) = photographs((200, 320))
+    # The small encoder sees 32 x 32 pixels, its decoder a few of these: whole and in tiles alike, as the tiles begin at
+    # multiples of 32 pixels of the smaller picture too.
+    whole, tiled = (
+        run(variables, [image], Manner(None, True, (0.5, 1.0), tile, overlap), devices)[0]
+        for tile, overlap, devices in [(512, 0, 1), (256, 192, 2)]
+    )
+    assert (tiled != whole).mean() < 1e-3
+
+
+def test_a_manner_without_meaning_is_refused():
+    for wrong in [{"scales": ()}, {"scales": (0.0,)}, {"tile": 100}, {"tile": 0}, {"overlap": 1024}, {"overlap": 20}]:
+        with pytest.raises(ValueError, match=r"scales|tile"):
+            Manner(None, **wrong)
+    with pytest.raises(ValueError, match="use 1280"):
+        Manner(None, tile=1152)
