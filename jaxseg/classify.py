@@ -73,8 +73,8 @@ def _results(network: _Network, images: Iterable[Named], scores: bool) -> Iterat
     # What is started is read later, so that the device always has work queued.
     under_way: collections.deque = collections.deque()
     for names, batch in _equal_shapes(images, network):
-        if batch[0].image is not None:
-            yield from zip(names, (_classify_tiles(network, one.image) for one in batch), strict=True)
+        if (image := batch[0].image) is not None:
+            yield names[0], _classify_tiles(network, image)
             continue
         under_way.append((names, _start(network, batch, scores)))
         if len(under_way) > train.LAG:
@@ -94,9 +94,13 @@ def _equal_shapes(images: Iterable[Named], network: _Network) -> Iterator[tuple[
             if sum(map(len, waiting.values())) < _WAITING:
                 continue
             shapes = max(waiting, key=lambda shapes: len(waiting[shapes]))
-        yield tuple(map(list, zip(*waiting.pop(shapes), strict=True)))
+        yield _unzip(waiting.pop(shapes))
     for batch in waiting.values():
-        yield tuple(map(list, zip(*batch, strict=True)))
+        yield _unzip(batch)
+
+
+def _unzip(batch: list[Named]) -> tuple[list[Any], list[Prepared]]:
+    return [name for name, _ in batch], [prepared for _, prepared in batch]
 
 
 def _start(network: _Network, batch: list[Prepared], scores: bool) -> Callable[[], list[np.ndarray]]:
@@ -109,14 +113,21 @@ def _start(network: _Network, batch: list[Prepared], scores: bool) -> Callable[[
         stacked = np.stack(list(arrays))
         return stacked.reshape(len(devices), number, *stacked.shape[1:])
 
-    logits_fn = _make_logits_fn(network.model, devices)
-    logits = [logits_fn(network.variables, split(shown)) for shown in zip(*(one.shown for one in full), strict=True)]
+    logits_fn, logits = _make_logits_fn(network.model, devices), []
+    for time in range(len(batch[0].shown)):
+        shown = {"image": split(one.shown[time] for one in full)}
+        if network.manner.image_size is None:
+            shown["size"] = split(one.sizes[time] for one in full)
+        logits.append(logits_fn(network.variables, shown))
     num_classes = logits[0].shape[-1]
-    sizes = {"size": split(one.sizes for one in full), "own_size": split(np.int32(one.own_size) for one in full)}
+    sizes = {
+        "size": split(one.sizes for one in full),
+        "own_size": split(np.array(one.own_size, np.int32) for one in full),
+    }
     side = _block_side(batch, 1 if scores else num_classes)
     look_fn = _make_look_fn(devices, network.manner.flip, (side, side), scores)
     # Of each device the blocks of its own images, several at a time.
-    places = [[] for _ in devices]
+    places: list[list[tuple[int, int, int]]] = [[] for _ in devices]
     for index, one in enumerate(batch):
         for top, left in itertools.product(*(range(0, length, side) for length in one.own_size)):
             places[index // number].append((index % number, top, left))
@@ -160,8 +171,16 @@ def _classify_tiles(network: _Network, image: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _make_logits_fn(model: nn.Module, devices: tuple[jax.Device, ...]) -> Callable:
-    """Compiles (variables, (N, h, w, 3) uint8) -> logits, once for each shape, however often it is asked for."""
-    return train.pmap_step(model.apply, devices, per_image=True)
+    """Compiles (variables, {'image' and, where it is padded, 'size', as `Segmenter` has them}) -> logits.
+
+    Once for each shape, however often it is asked for.
+    """
+
+    def logits_step(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        logits: Any = model.apply(variables, batch["image"], size=batch.get("size"))
+        return logits
+
+    return train.pmap_step(logits_step, devices, per_image=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -193,7 +212,7 @@ def _look(_: Any, batch: dict[str, Any], *, flip: bool, block: tuple[int, int], 
             for time, logits in enumerate(batch["logits"])
         ]
         # Alone, the logits tell the same as their probabilities.
-        score = found[0] if len(found) == 1 else sum(map(jax.nn.softmax, found)) / len(found)
+        score = found[0] if len(found) == 1 else functools.reduce(jnp.add, map(jax.nn.softmax, found)) / len(found)
         return score if scores else score.argmax(-1).astype(jnp.uint8)
 
     return jax.lax.map(look, batch["place"])

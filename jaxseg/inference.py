@@ -39,6 +39,11 @@ class Trained:
     settings: dict[str, Any]
     checkpoint: dict[str, Any]
 
+    @property
+    def manner(self) -> Manner:
+        """How the run's own evaluation classifies images: resized to `image_size`, or with --eval-size native not."""
+        return Manner(None if self.settings.get("eval_size") == "native" else self.image_size)
+
 
 def load_run(workdir: str | pathlib.Path, which: str | int = checkpoint.BEST, dtype: str | None = None) -> Trained:
     """Loads a model that `experiments.baseline` or `experiments.improved` trained; changes nothing in its folder.
@@ -88,8 +93,8 @@ def segment(trained: Trained, image: np.ndarray, manner: Manner | None = None) -
     Args:
       trained: from `load_run`.
       image: (H, W, 3) uint8 RGB, any H and W from 1 up.
-      manner: how. None: as the run's own evaluation does, resized to the size that it was trained at, and what the
-        network gives enlarged to the image's own size; or `Manner(None)`: at its own size.
+      manner: how; None for `trained.manner`. `Manner(None)` is at its own size, whatever the run's was. At its own
+        size a program is compiled for each number of rows and columns of 32 pixels; otherwise for few.
 
     Returns:
       (H, W) uint8 class indices.
@@ -97,7 +102,7 @@ def segment(trained: Trained, image: np.ndarray, manner: Manner | None = None) -
     Raises:
       ValueError: `image` is not of that shape and type.
     """
-    manner = manner or Manner(trained.image_size)
+    manner = manner or trained.manner
     classify = make_classify(trained.model, trained.variables, manner, jax.local_devices()[:1], batch_size=1)
     ((_, classes),) = classify([("image", prepare(image, manner))])
     return classes

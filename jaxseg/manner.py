@@ -1,13 +1,15 @@
 """How images of any size are shown to the network: resized, mirrored, padded to one of few shapes. Imports no jax."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
+from jaxseg.data.canvases import STRIDE, choose_canvases
 from jaxseg.data.loader import resize_image
 
-# What an image is padded with: the mean colour, nearly 0 when normalised (`jaxseg.segmenter.MEAN`).
-PADDING = (124, 116, 104)
+# Height and width in pixels.
+Size = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +20,12 @@ class Manner:
       image_size: height and width in pixels that images are resized to; None: each is classified at its own size.
       flip: each image is shown mirrored, too.
       scales: it is shown at each of these multiples of its size.
-      tile: at its own size, an image with a side longer than this many pixels is computed in tiles of this side: a
-        multiple of 128 that `shared_length` gives.
+      tile: at its own size, an image with a side longer than this many pixels, a multiple of 32, is computed in tiles
+        of this side.
       overlap: of tiles, in pixels, a multiple of 32; None for a quarter of the side.
     """
 
-    image_size: tuple[int, int] | None
+    image_size: Size | None
     flip: bool = False
     scales: tuple[float, ...] = (1.0,)
     tile: int = 1024
@@ -32,17 +34,27 @@ class Manner:
     @property
     def tile_overlap(self) -> int:
         """The overlap of tiles in pixels."""
-        return self.tile // 4 if self.overlap is None else self.overlap
+        return self.tile // 4 // STRIDE * STRIDE if self.overlap is None else self.overlap
+
+    def in_tiles(self, size: Size) -> bool:
+        """Whether an image of this size is computed in tiles."""
+        return self.image_size is None and max(size) > self.tile
+
+    def shown_sizes(self, size: Size) -> list[Size]:
+        """The sizes at which an image of this size is shown."""
+        height, width = self.image_size or size
+        return [(max(1, round(height * scale)), max(1, round(width * scale))) for scale in self.scales]
 
     def __post_init__(self):
         """Refuses what has no meaning."""
         if not self.scales or not all(0.01 <= scale <= 100 for scale in self.scales):
             raise ValueError(f"scales must be from 0.01 to 100, and at least one, not {self.scales}")
-        if self.tile < 1 or self.tile % 128 or shared_length(self.tile) != self.tile:
-            fitting = shared_length(max(self.tile, 128) + -self.tile % 128)
-            raise ValueError(f"the tile's side cannot be {self.tile} pixels: use {fitting}")
-        if not 0 <= self.tile_overlap < self.tile or self.tile_overlap % 32:
-            raise ValueError(f"tiles of {self.tile} pixels cannot overlap by {self.tile_overlap}: use a multiple of 32")
+        if self.tile < 128 or self.tile % STRIDE:
+            raise ValueError(f"the tile's side must be a multiple of {STRIDE} from 128 up, not {self.tile}")
+        if not 0 <= self.tile_overlap < self.tile or self.tile_overlap % STRIDE:
+            raise ValueError(
+                f"tiles of {self.tile} pixels cannot overlap by {self.tile_overlap}: use a multiple of {STRIDE}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +79,32 @@ class Prepared:
         return tuple(one.shape for one in self.shown)
 
 
-def shared_length(length: int) -> int:
-    """The next of the lengths to which sides are padded: multiples of 32, a quarter apart at most, so that few occur.
+def plan_canvases(sizes: np.ndarray, manner: Manner) -> dict[Size, Size]:
+    """Chooses the shapes to which many images are padded, so that few programs are compiled.
 
-    They are 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, ...
+    Args:
+      sizes: (N, 2) integer, the height and width of each image.
+      manner: how they will be classified.
+
+    Returns:
+      The canvas of each size that will be shown; see `jaxseg.data.canvases.choose_canvases`. Empty where images are
+      resized: then they all have one shape.
     """
-    step = 32 * 2 ** max(0, (length - 1).bit_length() - 8)
-    return -(-length // step) * step
+    own = [(int(height), int(width)) for height, width in sizes]
+    shown = [size for one in own if not manner.in_tiles(one) for size in manner.shown_sizes(one)]
+    if manner.image_size or not shown:
+        return {}
+    canvases = choose_canvases(np.array(shown))
+    return {size: (int(height), int(width)) for size, (height, width) in zip(shown, canvases, strict=True)}
 
 
-def prepare(image: np.ndarray, manner: Manner) -> Prepared:
+def prepare(image: np.ndarray, manner: Manner, canvases: Mapping[Size, Size] | None = None) -> Prepared:
     """Resizes, mirrors and pads an image as it will be shown; on the host, in threads if wanted.
 
     Args:
       image: (H, W, 3) uint8 RGB, any H and W from 1 to 32767.
       manner: how it will be classified.
+      canvases: from `plan_canvases`; for a size that is not in it, the next multiples of 32.
 
     Raises:
       ValueError: the image is of another shape or type.
@@ -91,18 +114,21 @@ def prepare(image: np.ndarray, manner: Manner) -> Prepared:
     if not right or not all(0 < length < 2**15 for length in image.shape):
         raise ValueError(f"an image must be (H, W, 3) uint8, H and W from 1 to 32767, not {image.shape} {image.dtype}")
     own_size = image.shape[:2]
-    if manner.image_size is None and max(own_size) > manner.tile:
+    if manner.in_tiles(own_size):
         return Prepared((), np.zeros((0, 2), np.int32), own_size, image)
     shown, sizes = [], []
-    for scale in manner.scales:
-        size = tuple(max(1, round(side * scale)) for side in manner.image_size or own_size)
+    for size in manner.shown_sizes(own_size):
         resized = resize_image(image, size)
-        # A given size is one shape anyway, and the network pads it itself.
-        canvas = size if manner.image_size else tuple(map(shared_length, size))
         for one in (resized, resized[:, ::-1])[: 1 + manner.flip]:
-            padded = np.empty((*canvas, 3), np.uint8)
-            padded[:] = PADDING
-            padded[: size[0], : size[1]] = one
-            shown.append(padded)
+            if manner.image_size is None:
+                height, width = (canvases or {}).get(size) or (
+                    -(-size[0] // STRIDE) * STRIDE,
+                    -(-size[1] // STRIDE) * STRIDE,
+                )
+                # Beyond the image it counts as padding, whatever it is.
+                padded = np.zeros((height, width, 3), np.uint8)
+                padded[: size[0], : size[1]] = one
+                one = padded
+            shown.append(one)
             sizes.append(size)
     return Prepared(tuple(shown), np.array(sizes, np.int32), own_size)

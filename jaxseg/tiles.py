@@ -68,13 +68,13 @@ def classify_in_tiles(
     """
     tops, lefts = (starts(length, tile, overlap) for length in size)
     down, across = (weights(length, tile, overlap) for length in size)
-    classes, band = np.empty(size, np.uint8), None
+    classes, band = np.empty(size, np.uint8), np.zeros((0, 0, 0), np.float32)
     for row, top in enumerate(tops):
         rows = slice(top, min(top + tile, size[0]))
         places = [(rows, slice(left, min(left + tile, size[1]))) for left in lefts]
         for column, scores in score(places):
             place = places[column]
-            if band is None:
+            if not band.size:
                 band = np.zeros((tile, size[1], scores.shape[-1]), np.float32)
             weight = down[row, place[0], None] * across[column, place[1]]
             band[: len(scores), place[1]] += scores * weight[..., None]

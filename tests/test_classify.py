@@ -11,9 +11,10 @@ import pytest
 from flax import linen as nn
 
 from jaxseg import classify, train
+from jaxseg.data.canvases import choose_canvases
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
-from jaxseg.manner import PADDING, Manner, prepare, shared_length
-from jaxseg.segmenter import MEAN, Segmenter
+from jaxseg.manner import Manner, plan_canvases, prepare
+from jaxseg.segmenter import Segmenter
 from tests.peers.small_run import SmallEncoder
 
 MODEL = Segmenter(SmallEncoder("small"), ImprovedDecoder(3, (8, 8, 8, 8, 8)))
@@ -38,10 +39,10 @@ def photographs(*sizes):
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-def run(variables, images, manner, devices=1, batch_size=4, model=MODEL):
+def run(variables, images, manner, devices=1, batch_size=4, model=MODEL, canvases=None):
     """The class maps in the images' order."""
     classify_all = classify.make_classify(model, variables, manner, DEVICES[:devices], batch_size)
-    found = list(classify_all((index, prepare(image, manner)) for index, image in enumerate(images)))
+    found = list(classify_all((index, prepare(image, manner, canvases)) for index, image in enumerate(images)))
     assert sorted(index for index, _ in found) == list(range(len(images)))
     return [classes for _, classes in sorted(found, key=lambda pair: pair[0])]
 
@@ -72,17 +73,11 @@ def test_at_a_given_size_it_is_the_evaluations_class_map_to_the_pixel(variables,
     assert len(np.unique(np.concatenate([classes.ravel() for classes in found]))) == 3
 
 
-def test_at_its_own_size_an_image_is_padded_with_the_mean_colour(variables):
-    assert np.abs(np.array(PADDING) / 255 - MEAN).max() < 0.5 / 255
-    for size in [(32, 64), (1, 1), (33, 150)]:
+def test_at_its_own_size_an_image_gives_what_the_network_alone_does(variables):
+    for size in [(32, 64), (1, 1), (33, 90)]:
         (image,) = photographs(size)
-        canvas = [32 * -(-length // 32) for length in size]
-        assert tuple(canvas) == tuple(map(shared_length, size))
-        padded = np.full((*canvas, 3), PADDING, np.uint8)
-        padded[: size[0], : size[1]] = image
-        logits = logits_of(variables, padded)[: size[0], : size[1]]
         (classes,) = run(variables, [image], Manner(None))
-        assert np.array_equal(classes, logits.argmax(-1))
+        assert np.array_equal(classes, logits_of(variables, image).argmax(-1))
 
 
 @pytest.mark.parametrize("image_size", [(64, 96), None])
@@ -93,7 +88,7 @@ def test_probabilities_of_scales_and_mirror_images_are_averaged(variables, image
     total = 0
     shown = prepare(image, manner)
     for one, (height, width), mirrored in zip(shown.shown, shown.sizes, [False, True] * 2, strict=True):
-        logits = torch.tensor(logits_of(variables, one)[:height, :width]).permute(2, 0, 1)[None]
+        logits = torch.tensor(logits_of(variables, one[:height, :width])).permute(2, 0, 1)[None]
         logits = logits.flip(3) if mirrored else logits
         total = total + torch.nn.functional.interpolate(logits, (64, 96), mode="bilinear").softmax(1)
     (classes,) = run(variables, [image], manner)
@@ -123,27 +118,27 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(count)
 
 
-def test_images_of_many_sizes_take_few_compilations(variables, compiled):
+def test_images_of_many_sizes_take_few_compilations(variables, compiled, monkeypatch):
     rng = np.random.default_rng(0)
-    images = photographs(*rng.integers(1, 65, (60, 2)))
-    # One program for the network, and few for class maps, in blocks with a side of 64 or 32.
+    sizes = rng.integers(1, 97, (60, 2))
+    images = photographs(*sizes)
     classify._make_logits_fn.cache_clear(), classify._make_look_fn.cache_clear()
+    # One program for the network, and few for class maps, in blocks with a side of 128, 64 or 32.
     run(variables, images, Manner((32, 32)))
     given = compiled["jit(_fun)"]
-    assert given <= 1 + 2
-    # Four shapes, 32 and 64 in both directions, each with its block.
-    run(variables, images, Manner(None))
-    own = compiled["jit(_fun)"] - given
-    assert own <= 4 + 4
-    run(variables, photographs(*rng.integers(33, 65, (60, 2))), Manner(None))
-    assert compiled["jit(_fun)"] - given == own
+    assert given <= 1 + 3
+    # As many shapes as are planned, each with its blocks.
+    monkeypatch.setattr("jaxseg.manner.choose_canvases", functools.partial(choose_canvases, most=2))
+    canvases = plan_canvases(sizes, Manner(None))
+    assert len(set(canvases.values())) == 2 and len(canvases) == len({tuple(size) for size in sizes})
+    run(variables, images, Manner(None), canvases=canvases)
+    assert compiled["jit(_fun)"] - given <= 2 + 2 * 3
 
 
-def test_lengths_that_are_shared_are_few_and_near():
-    lengths = np.arange(1, 4097)
-    shared = np.array([shared_length(int(length)) for length in lengths])
-    assert (shared >= lengths).all() and not (shared % 32).any() and len(np.unique(shared)) == 24
-    assert (shared - lengths < np.maximum(32, lengths / 4)).all() and all(shared_length(int(x)) == x for x in shared)
+def test_no_canvas_is_planned_for_what_is_resized_or_computed_in_tiles():
+    assert plan_canvases(np.array([(50, 60)]), Manner((32, 32))) == {}
+    canvases = plan_canvases(np.array([(50, 60), (10, 200)]), Manner(None, scales=(1.0, 2.0), tile=128))
+    assert canvases == {(50, 60): (64, 64), (100, 120): (128, 128)}
 
 
 def test_what_waits_long_is_computed_in_a_batch_that_is_not_full(variables, monkeypatch):
@@ -175,9 +170,7 @@ class Contextual(nn.Module):
 def test_tiles_whose_context_suffices_equal_the_whole_image():
     model = Segmenter(Contextual(), BaselineDecoder(3, (6, 6, 6, 6, 6)))
     variables, (image,) = init(model), photographs((70, 810))
-    canvas = np.full((96, 832, 3), PADDING, np.uint8)
-    canvas[:70, :810] = image
-    whole = logits_of(variables, canvas, model)[:70, :810].argmax(-1)
+    whole = logits_of(variables, image, model).argmax(-1)
     assert len(np.unique(whole)) > 1
     # Of an overlap of 256 pixels each tile leaves out the outer 96.
     (tiled,) = run(variables, [image], Manner(None, tile=384, overlap=256), model=model)
@@ -202,5 +195,3 @@ def test_a_manner_without_meaning_is_refused():
     for wrong in [{"scales": ()}, {"scales": (0.0,)}, {"tile": 100}, {"tile": 0}, {"overlap": 1024}, {"overlap": 20}]:
         with pytest.raises(ValueError, match=r"scales|tile"):
             Manner(None, **wrong)
-    with pytest.raises(ValueError, match="use 1280"):
-        Manner(None, tile=1152)

@@ -20,7 +20,7 @@ ALLOWED = {
     },
     "jaxseg.checkpoint": {"jaxseg.files"},
     "jaxseg.log": {"jaxseg.files"},
-    "jaxseg.manner": {"jaxseg.data.loader"},
+    "jaxseg.manner": {"jaxseg.data.canvases", "jaxseg.data.loader"},
     "jaxseg.plots.page": {"jaxseg.files"},
     "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "enlarge", "losses", "metrics")},
     "jaxseg.plots.__init__": {
