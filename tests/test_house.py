@@ -25,9 +25,10 @@ ALLOWED = {
     "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "enlarge", "losses", "metrics")},
     "jaxseg.plots.__init__": {
         f"jaxseg.plots.{name}"
-        for name in ("architecture", "confusion", "curves", "filtering", "page", "pictures", "variants")
+        for name in ("architecture", "comparison", "confusion", "curves", "filtering", "page", "pictures", "variants")
     },
     "jaxseg.plots.architecture": {"jaxseg.plots.page"},
+    "jaxseg.plots.comparison": {"jaxseg.plots.page"},
     "jaxseg.plots.confusion": {"jaxseg.plots.page"},
     "jaxseg.plots.curves": {"jaxseg.plots.page"},
     "jaxseg.plots.filtering": {"jaxseg.plots.page"},

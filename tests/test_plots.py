@@ -343,7 +343,8 @@ def test_pictures_take_each_class_from_its_own_place(scale):
     # 40 rows and 60 columns in blocks of 20: at any size the block's middle has the block's class.
     label = np.array([[1, 2, 3], [3, 255, 1]]).repeat(20, 0).repeat(20, 1)
     example = plots.Example(np.zeros((40, 60, 3), np.uint8), label, (label % 5 + 1) % 4)
-    photo, drawn, predicted = pictures._pictures(example, np.array(COLOURS), scale)
+    row = plots.Row(example.image, (example.label, example.prediction), "")
+    photo, drawn, predicted = pictures._pictures(row, ("label", "prediction"), np.array(COLOURS), scale)
     height, width = photo.shape[:2]
     assert photo.shape == drawn.shape == predicted.shape and 3 * height == 2 * width
     assert scale <= height / 40 < max(2 * scale, scale + 1)
@@ -358,7 +359,7 @@ def test_pictures_take_each_class_from_its_own_place(scale):
 @pytest.mark.parametrize(("count", "pages"), [(0, []), (1, [1]), (4, [4]), (5, [3, 2]), (9, [3, 3, 3])])
 def test_results_are_split_over_files_of_about_equal_length(tmp_path, monkeypatch, count, pages):
     lengths = []
-    monkeypatch.setattr(pictures, "_plot_results_page", lambda examples, *args: lengths.append(len(examples)))
+    monkeypatch.setattr(pictures, "_plot_page", lambda rows, *args: lengths.append(len(rows)))
     paths = plots.plot_results([make_example()] * count, NAMES, COLOURS, tmp_path / "results.png")
     assert lengths == pages
     assert [path.name for path in paths] == [f"results_{number + 1}.png" for number in range(len(pages))]

@@ -1,6 +1,7 @@
 """The figures, drawn with matplotlib: numpy arrays in, PNG files out. matplotlib is imported here and nowhere else."""
 
 from jaxseg.plots.architecture import plot_architecture
+from jaxseg.plots.comparison import plot_class_bars
 from jaxseg.plots.confusion import plot_confusion
 from jaxseg.plots.curves import Curve, StageHistory, plot_losses, plot_mean_ious, plot_training
 from jaxseg.plots.filtering import (
@@ -12,7 +13,7 @@ from jaxseg.plots.filtering import (
     signed_picture,
 )
 from jaxseg.plots.page import DPI, LUMA
-from jaxseg.plots.pictures import VOID_COLOUR, Example, choose_examples, overlay, plot_results
+from jaxseg.plots.pictures import VOID_COLOUR, Example, Row, choose_examples, overlay, plot_results, plot_rows
 from jaxseg.plots.variants import Variant, plot_variants
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Curve",
     "Example",
     "Panel",
+    "Row",
     "StageHistory",
     "Variant",
     "choose_detail",
@@ -29,11 +31,13 @@ __all__ = [
     "magnitude_picture",
     "overlay",
     "plot_architecture",
+    "plot_class_bars",
     "plot_confusion",
     "plot_filtered",
     "plot_losses",
     "plot_mean_ious",
     "plot_results",
+    "plot_rows",
     "plot_training",
     "plot_variants",
     "sample_photograph",

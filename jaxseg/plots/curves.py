@@ -111,7 +111,10 @@ def plot_losses(curves: Sequence[Curve], title: str, path: pathlib.Path) -> None
         axes.plot(curve.stage.steps, values, color=colour, linewidth=1.4, marker=marker, markersize=3)
         if curve.ended and len(values):
             axes.plot(curve.stage.steps[-1], values[-1], color=colour, marker="X", markersize=7, clip_on=False)
-    _subtitle(axes, "running mean")
+    if any(
+        len(values) and not np.array_equal(values, c.stage.losses) for c, values in zip(curves, smooth, strict=True)
+    ):
+        _subtitle(axes, "running mean")
     save(axes.figure, path)
 
 
@@ -124,7 +127,7 @@ def plot_mean_ious(curves: Sequence[Curve], title: str, path: pathlib.Path) -> N
         epochs, values = curve.stage.epochs, curve.stage.mean_ious
         axes.plot(epochs, values, color=colour, linewidth=1.4, marker="o", markersize=3, clip_on=False)
         if len(values):
-            best = int(np.argmax(values))
+            best = _last_best(values)
             ring: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.2}
             axes.plot(epochs[best], values[best], color=colour, clip_on=False, **ring)
     _subtitle(axes, "ringed: the best epoch")
@@ -242,7 +245,7 @@ def _plot_mean_iou(
         return
     axes.set_xlim(np.min(stage.epochs) - 0.5, np.max(stage.epochs) + 0.5)
     axes.plot(stage.epochs, stage.mean_ious, color=BLUE, linewidth=1.4, marker="o", markersize=3.5, clip_on=False)
-    best = int(np.argmax(stage.mean_ious))
+    best = _last_best(stage.mean_ious)
     ring: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.4}
     axes.plot(stage.epochs[best], stage.mean_ious[best], color=VERMILION, clip_on=False, **ring)
     note = f"best: {stage.mean_ious[best]:.3f} after epoch {stage.epochs[best]:g}"
@@ -250,6 +253,11 @@ def _plot_mean_iou(
         axes.axhline(best_before, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
         note += f"; dotted: {best_before:.3f}, best before"
     _subtitle(axes, note)
+
+
+def _last_best(values: np.ndarray) -> int:
+    """The place of the largest value, of equals the last: so the best checkpoint is chosen."""
+    return len(values) - 1 - int(np.argmax(values[::-1]))
 
 
 def _label_mean_iou_axis(axes: matplotlib.axes.Axes, limits: tuple[float, float]) -> None:

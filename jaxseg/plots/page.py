@@ -66,6 +66,14 @@ def shorten(name: str, length: int = 28) -> str:
     return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
 
 
+def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
+    """The text, or so much of its start, and an ellipsis, as that many inches hold."""
+    length = len(text)
+    while length > 1 and text_width(shorten(text, length), size, weight) > width:
+        length -= 1
+    return shorten(text, length)
+
+
 def wrap(text: str, width: float, size: float) -> list[str]:
     """Breaks a text at spaces into lines of at most that many inches (a longer word stays whole)."""
     lines: list[str] = []

@@ -18,6 +18,7 @@ from jaxseg.plots.page import (
     PAGE_WIDTH,
     SMALL_SIZE,
     TEXT_SIZE,
+    fit,
     new_page,
     save,
     shorten,
@@ -49,6 +50,20 @@ class Example(NamedTuple):
     mean_iou: float | None = None
 
 
+class Row(NamedTuple):
+    """A photograph and class maps of its size beside each other.
+
+    Attributes:
+      image: (H, W, 3) uint8.
+      maps: (H, W) integer each; anything outside [0, C) is void.
+      caption: below it.
+    """
+
+    image: np.ndarray
+    maps: tuple[np.ndarray, ...]
+    caption: str
+
+
 def plot_results(
     examples: Sequence[Example], names: Sequence[str], colours: ArrayLike, path: pathlib.Path
 ) -> list[pathlib.Path]:
@@ -66,14 +81,30 @@ def plot_results(
     Raises:
       ValueError: a label or a prediction has not its image's size.
     """
-    if not examples:
+    rows = [Row(one.image, (one.label, one.prediction), _caption(one, names)) for one in examples]
+    return plot_rows(rows, ("photograph", "label", "prediction"), names, colours, path)
+
+
+def plot_rows(
+    rows: Sequence[Row], headings: Sequence[str], names: Sequence[str], colours: ArrayLike, path: pathlib.Path
+) -> list[pathlib.Path]:
+    """Draws rows of pictures, each a photograph and its class maps; as `plot_results`, but for:
+
+    Args:
+      rows: all of equally many class maps.
+      headings: of the columns, the photograph's first.
+      names: the C class names, in label order.
+      colours: (C, 3) uint8 RGB.
+      path: the files' name, without their numbers.
+    """
+    if not rows:
         return []
-    pages = -(-len(examples) // ROWS_PER_PAGE)
+    pages = -(-len(rows) // ROWS_PER_PAGE)
     paths = []
-    # Pages of equal length: five examples become three and two, not four and one.
-    for number, rows in enumerate(np.array_split(np.arange(len(examples)), pages), start=1):
+    # Pages of equal length: five rows become three and two, not four and one.
+    for number, places in enumerate(np.array_split(np.arange(len(rows)), pages), start=1):
         paths.append(path.with_name(f"{path.stem}_{number}{path.suffix}"))
-        _plot_results_page([examples[row] for row in rows], names, np.asarray(colours), paths[-1])
+        _plot_page([rows[place] for place in places], headings, names, np.asarray(colours), paths[-1])
     return paths
 
 
@@ -143,23 +174,24 @@ def choose_examples(class_counts: np.ndarray, num_examples: int) -> list[int]:
     return chosen
 
 
-def _plot_results_page(
-    examples: Sequence[Example], names: Sequence[str], colours: np.ndarray, path: pathlib.Path
+def _plot_page(
+    rows: Sequence[Row], headings: Sequence[str], names: Sequence[str], colours: np.ndarray, path: pathlib.Path
 ) -> None:
-    """One file of `plot_results`."""
+    """One file of `plot_rows`."""
     margin, gap, line = 0.12, 0.07, 0.14
-    column = (PAGE_WIDTH - 2 * margin - 2 * gap) / 3
-    scales = [min(column / e.image.shape[1], MAX_ROW_HEIGHT / e.image.shape[0]) for e in examples]
-    captions = [wrap(_caption(e, names), PAGE_WIDTH - 2 * margin, SMALL_SIZE) for e in examples]
-    entries, legend_lines = _legend(examples, names, colours, PAGE_WIDTH - 2 * margin)
-    body = sum(scale * e.image.shape[0] + 0.18 for scale, e in zip(scales, examples, strict=True))
+    column = (PAGE_WIDTH - 2 * margin - (len(headings) - 1) * gap) / len(headings)
+    scales = [min(column / row.image.shape[1], MAX_ROW_HEIGHT / row.image.shape[0]) for row in rows]
+    captions = [wrap(row.caption, PAGE_WIDTH - 2 * margin, SMALL_SIZE) for row in rows]
+    entries, legend_lines = _legend(rows, names, colours, PAGE_WIDTH - 2 * margin)
+    body = sum(scale * row.image.shape[0] + 0.18 for scale, row in zip(scales, rows, strict=True))
     page = new_page(PAGE_WIDTH, 0.32 + body + line * sum(map(len, captions)) + 0.2 * legend_lines + 0.1)
-    for index, heading in enumerate(("photograph", "label", "prediction")):
-        write(page, margin + column / 2 + index * (column + gap), 0.24, heading, TEXT_SIZE, ha="center", weight="bold")
+    for index, heading in enumerate(headings):
+        text = fit(heading, column, TEXT_SIZE, "bold")
+        write(page, margin + column / 2 + index * (column + gap), 0.24, text, TEXT_SIZE, ha="center", weight="bold")
     top = 0.32
-    for example, scale, caption in zip(examples, scales, captions, strict=True):
-        height, width = scale * example.image.shape[0], scale * example.image.shape[1]
-        for index, picture in enumerate(_pictures(example, colours, scale * DPI)):
+    for row, scale, caption in zip(rows, scales, captions, strict=True):
+        height, width = scale * row.image.shape[0], scale * row.image.shape[1]
+        for index, picture in enumerate(_pictures(row, headings[1:], colours, scale * DPI)):
             left = margin + index * (column + gap) + (column - width) / 2
             page.imshow(picture, extent=(left, left + width, top + height, top), aspect="auto", interpolation="hanning")
         top += height + 0.06
@@ -171,29 +203,30 @@ def _plot_results_page(
     save(page.figure, path)
 
 
-def _pictures(example: Example, colours: np.ndarray, scale: float) -> list[np.ndarray]:
-    """The photograph and its two overlays, at one to two times the printed size, so that contours print equally thin.
+def _pictures(row: Row, headings: Sequence[str], colours: np.ndarray, scale: float) -> list[np.ndarray]:
+    """The photograph and its overlays, at one to two times the printed size, so that contours print equally thin.
 
     Args:
-      example: the image, its label and its prediction.
+      row: the image and its class maps.
+      headings: of the class maps.
       colours: (C, 3) uint8 RGB.
       scale: printed pixels for each pixel of the image.
 
     Returns:
-      Three (H', W', 3) uint8.
+      (H', W', 3) uint8 for each.
     """
-    height, width = example.image.shape[:2]
+    height, width = row.image.shape[:2]
     zoom = np.ceil(scale) if scale > 1 else 1 / np.floor(1 / scale)
     new_height, new_width = max(1, round(height * zoom)), max(1, round(width * zoom))
-    image = np.asarray(Image.fromarray(example.image).resize((new_width, new_height), Image.Resampling.BICUBIC))
+    image = np.asarray(Image.fromarray(row.image).resize((new_width, new_height), Image.Resampling.BICUBIC))
     # The nearest pixel's class: a class number has no meaning between two others.
-    rows = (np.arange(new_height) * 2 + 1) * height // (2 * new_height)
+    lines = (np.arange(new_height) * 2 + 1) * height // (2 * new_height)
     columns = (np.arange(new_width) * 2 + 1) * width // (2 * new_width)
     maps = []
-    for name, classes in (("label", example.label), ("prediction", example.prediction)):
+    for name, classes in zip(headings, row.maps, strict=True):
         if classes.shape != (height, width):
             raise ValueError(f"image of {height}x{width} pixels needs a {name} of that size, not {classes.shape}")
-        maps.append(classes[rows[:, None], columns])
+        maps.append(classes[lines[:, None], columns])
     return [image, *(overlay(image, classes, colours) for classes in maps)]
 
 
@@ -210,27 +243,26 @@ def _caption(example: Example, names: Sequence[str]) -> str:
 
 
 def _legend(
-    examples: Sequence[Example], names: Sequence[str], colours: np.ndarray, width: float
+    rows: Sequence[Row], names: Sequence[str], colours: np.ndarray, width: float
 ) -> tuple[list[tuple[float, int, str, np.ndarray]], int]:
     """Sets the classes on the page, and void where a label has it, in lines of at most that many inches.
 
     Returns:
       (left in inches, line, name, colour) of each entry, and the number of lines.
     """
-    label = np.unique(np.concatenate([np.unique(e.label) for e in examples]))
-    used = np.union1d(label, np.concatenate([np.unique(e.prediction) for e in examples]))
+    used = np.unique(np.concatenate([np.unique(classes) for row in rows for classes in row.maps]))
     inside = (used >= 0) & (used < len(names))
     wanted = [(shorten(names[index]), colours[index] / 255) for index in used[inside]]
     if not inside.all():
         wanted.append(("void", np.array(VOID_COLOUR) / 255))
-    entries, left, row = [], 0.0, 0
+    entries, left, line = [], 0.0, 0
     for name, colour in wanted:
         entry_width = 0.2 + text_width(name, TEXT_SIZE) + 0.18
         if left and left + entry_width - 0.18 > width:
-            left, row = 0.0, row + 1
-        entries.append((left, row, name, colour))
+            left, line = 0.0, line + 1
+        entries.append((left, line, name, colour))
         left += entry_width
-    return entries, row + 1
+    return entries, line + 1
 
 
 def _draw_legend(page: matplotlib.axes.Axes, entries: list, left: float, top: float) -> None:
