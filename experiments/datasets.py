@@ -61,6 +61,24 @@ def check_options(options: DataOptions) -> None:
         raise ValueError(f"--num-classes must be from 2 to 255, not {options.num_classes}")
 
 
+def options_of(settings: Mapping[str, Any]) -> DataOptions:
+    """The options by which a run found its data, from its settings as JSON has them."""
+    values = {field.name: settings[field.name] for field in dataclasses.fields(DataOptions) if field.name in settings}
+    for name, value in values.items():
+        if name.endswith("_dir") and value is not None:
+            values[name] = pathlib.Path(value)
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+    return DataOptions(**values)
+
+
+def same_data(options: DataOptions) -> DataOptions:
+    """The options without what names the same data differently: two are of the same data where these are equal."""
+    kind, rest = split_dataset(options.dataset)
+    dataset = f"folder:{pathlib.Path(rest).expanduser().resolve()}" if kind == "folder" else options.dataset
+    return dataclasses.replace(options, dataset=dataset, data_dir=pathlib.Path())
+
+
 def find_data(options: DataOptions, splits: Sequence[str] = SPLITS) -> tuple["Labels", Callable[[], dict[str, Any]]]:
     """Finds a data set: its classes, at once, and a function that opens its splits.
 

@@ -12,15 +12,15 @@ from experiments.settings import differences
 from jaxseg.files import replacing
 
 
-def check_folder(workdir: pathlib.Path) -> None:
-    """Raises ValueError if a file is where a folder has to be, or it, or what a run makes in it, is not writable."""
+def check_folder(workdir: pathlib.Path, option: str = "--workdir") -> None:
+    """Raises ValueError, and names the option, if a file is where a folder has to be, or one is not writable."""
     for path in (workdir, *workdir.parents):
         if path.exists() and not path.is_dir():
-            raise ValueError(f"--workdir {workdir}: {path} is a file: name a folder")
+            raise ValueError(f"{option} {workdir}: {path} is a file: name a folder")
     there = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
     for path in (there, *(workdir / name for name in ("checkpoints", "events", "figures"))):
         if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
-            raise ValueError(f"--workdir {workdir}: you may not write to {path}: name a folder of your own")
+            raise ValueError(f"{option} {workdir}: you may not write to {path}: name a folder of your own")
 
 
 def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:

@@ -1,0 +1,302 @@
+"""Compares two runs image by image: IoU per class, and the images on which one is better than the other by most."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from experiments.datasets import find_data, options_of, same_data, short_name
+from experiments.memory import keep_freed_memory
+from experiments.workdir import check_folder
+from jaxseg.files import replacing
+
+# Images that are classified together.
+_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The options of the comparison."""
+
+    run_a: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="RUN_A")]
+    """The workdir of a run, for its best checkpoint, or one checkpoint in it, such as RUN/checkpoints/7."""
+    run_b: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="RUN_B")]
+    """The same of another, trained on the same data."""
+    split: Literal["val", "test", "train"] = "val"
+    """The images that are looked at."""
+    images: int = 4
+    """How many are drawn on which B is better than A, and as many on which A is better than B."""
+    data_dir: pathlib.Path | None = None
+    """Where data sets that the program prepares itself are; where RUN_A had them if it is not given."""
+    output: pathlib.Path | None = None
+    """Folder for the figures, tables and comparison.json; those of an earlier comparison are replaced. By default
+    runs/compare-A-B, after the runs' folders."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What is compared.
+
+    Attributes:
+      models: the `jaxseg.inference.Trained` of A and of B.
+      titles: what they are called.
+      source: the split's images and labels.
+      where: the split and its data set, for people.
+      output: the folder to write to.
+    """
+
+    models: tuple[Any, Any]
+    titles: tuple[str, str]
+    source: Any
+    where: str
+    output: pathlib.Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the comparison with the given arguments, or the command line's; returns the exit code."""
+    choice = tyro.cli(Choice, prog="python -m experiments.compare", description=__doc__, args=argv)
+    keep_freed_memory(may_restart=argv is None)
+    # Imported only now: jax takes seconds, and --help must not wait for it.
+    from experiments.compiled import keep_compiled_programs
+    from jaxseg.data.images import UnreadableFileError
+
+    keep_compiled_programs()
+    try:
+        try:
+            opened = open_runs(choice)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        compare(opened, choice.images)
+    except (UnreadableFileError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def open_runs(choice: Choice) -> Opened:
+    """Loads both models and opens the images.
+
+    Raises:
+      ValueError: a run or its data cannot be loaded, or the two do not belong together; in one line.
+      OSError: a file cannot be read.
+    """
+    from jaxseg.inference import load_run
+
+    if choice.images < 1:
+        raise ValueError(f"--images must be above 0, not {choice.images}")
+    runs = (choice.run_a, choice.run_b)
+    output = choice.output or pathlib.Path("runs") / f"compare-{_name(runs[0])}-{_name(runs[1])}"
+    check_folder(output, "--output")
+    models = load_run(runs[0]), load_run(runs[1])
+    options, other = (options_of(model.settings) for model in models)
+    if same_data(options) != same_data(other):
+        raise ValueError(f"{runs[0]} is of {options.dataset}, {runs[1]} of {other.dataset}: name runs on the same data")
+    names, others = (model.labels.names for model in models)
+    if names != others:
+        raise ValueError(f"the runs' classes differ: {', '.join(names)} in {runs[0]}, {', '.join(others)} in {runs[1]}")
+    if choice.data_dir is not None:
+        options = dataclasses.replace(options, data_dir=choice.data_dir)
+    labels, open_splits = find_data(options, (choice.split,))
+    if labels.names != names:
+        raise ValueError(f"{options.dataset} has other classes now than the runs: {', '.join(labels.names)}")
+    titles = f"A: {_name(runs[0])}", f"B: {_name(runs[1])}"
+    source = open_splits()[choice.split]
+    return Opened(models, titles, source, f"{choice.split} split of {short_name(options.dataset)}", output)
+
+
+def _name(run: pathlib.Path) -> str:
+    """What a run is called: its folder's name, and a checkpoint's number."""
+    run = run.expanduser().resolve()
+    return f"{run.parent.parent.name}-{run.name}" if run.parent.name == "checkpoints" else run.name
+
+
+def compare(opened: Opened, number: int) -> None:
+    """Classifies all images by both models, and prints, writes and draws how they differ.
+
+    Args:
+      opened: from `open_runs`.
+      number: how many images to draw on which one model is better, and on which the other is.
+
+    Raises:
+      OSError: a file cannot be read or written.
+    """
+    confusions, names = classify(opened)
+    scores = score_images(confusions)
+    totals = confusions.sum(1)
+    table = tabulate(opened, totals)
+    print(f"\n{table}")
+    opened.output.mkdir(parents=True, exist_ok=True)
+    with replacing(opened.output / "comparison.md") as new:
+        new.write_text(table)
+    figures = draw(opened, totals, scores, names, number)
+    with replacing(opened.output / "comparison.json") as new:
+        new.write_text(json.dumps(describe(opened, totals, scores, names, figures), indent=2) + "\n")
+    for letter, more in (("B", scores[1] > scores[0]), ("A", scores[0] > scores[1])):
+        print(f"{letter} has the higher mean IoU on {more.sum()} of {len(names)} images")
+    print(f"everything is in {opened.output}: {', '.join(['comparison.md', 'comparison.json', *figures])}")
+
+
+def classify(opened: Opened) -> tuple[Any, list[str]]:
+    """Classifies every image by each model, as its run's own evaluation does.
+
+    Returns:
+      (2, N, C, C) int64, the confusion matrix of each model and image, label in rows; the names of the images.
+    """
+    import numpy as np
+
+    models, source = opened.models, opened.source
+    number = models[0].labels.num_classes
+    confusions = np.zeros((2, len(source), number, number), np.int64)
+    names = [""] * len(source)
+    for place, model in enumerate(models):
+        for index, item, prediction in predict(model, source, range(len(source)), opened.titles[place]):
+            confusions[place, index] = count(item["label"], prediction, number)
+            names[index] = item["name"]
+    return confusions, names
+
+
+def predict(model: Any, source: Any, indices: Sequence[int], title: str) -> Iterator[tuple[int, dict[str, Any], Any]]:
+    """Yields, for those images in some order, the index, the example and the class map (H, W) uint8."""
+    import jax
+    from tqdm import tqdm
+
+    from jaxseg.classify import make_classify
+    from jaxseg.manner import plan_canvases, prepare
+
+    manner = model.manner
+    canvases = plan_canvases(source.label_sizes(), manner)
+    under_way: dict[int, dict[str, Any]] = {}
+
+    def show() -> Iterator[Any]:
+        for index in indices:
+            under_way[index] = source[index]
+            yield index, prepare(under_way[index]["image"], manner, canvases)
+
+    classify = make_classify(model.model, model.variables, manner, jax.local_devices(), _BATCH)
+    for index, prediction in tqdm(classify(show()), title, len(indices), unit="img", leave=False, disable=None):
+        yield index, under_way.pop(index), prediction
+
+
+def count(label: Any, prediction: Any, num_classes: int) -> Any:
+    """The confusion matrix (C, C) int64 of one image of any size, on the host; as `jaxseg.metrics.confusion_matrix`."""
+    import numpy as np
+
+    from jaxseg.data.labels import IGNORE_LABEL
+
+    valid = label != IGNORE_LABEL
+    cells = label[valid].astype(np.int64) * num_classes + prediction[valid]
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def score_images(confusions: Any) -> Any:
+    """The mean IoU of each model on each image, (2, N) float64, of confusion matrices (2, N, C, C)."""
+    import numpy as np
+
+    from jaxseg import metrics
+
+    return np.array([[metrics.mean_iou(one) for one in each] for each in confusions])
+
+
+def choose_images(scores: Any, number: int) -> tuple[list[int], list[int]]:
+    """Chooses the images on which each of two models is better by most.
+
+    Args:
+      scores: (2, N) float: each model's mean IoU on each image.
+      number: how many of each, at most.
+
+    Returns:
+      Indices of images on which the first is better, and on which the second is, the largest difference first.
+    """
+    import numpy as np
+
+    gains = scores[1] - scores[0]
+    first, second = (np.argsort(sign * gains, kind="stable")[:number].tolist() for sign in (1, -1))
+    return [index for index in first if gains[index] < 0], [index for index in second if gains[index] > 0]
+
+
+def tabulate(opened: Opened, totals: Any) -> str:
+    """The IoU of each class by both models, and the difference, as a Markdown table with a line above it.
+
+    Args:
+      opened: what is compared.
+      totals: (2, C, C) int64, the confusion matrices of the whole split.
+    """
+    import numpy as np
+
+    from experiments.results import markdown_table
+    from jaxseg import metrics
+
+    a, b = (metrics.iou_per_class(total) for total in totals)
+    values = [*zip(opened.models[0].labels.names, a, b, strict=True)]
+    values.append(("mean_iou", metrics.mean_iou(totals[0]), metrics.mean_iou(totals[1])))
+    rows = []
+    for name, first, second in values:
+        difference = "" if np.isnan(second - first) else f"{second - first:+.5f}"
+        rows.append([name, *("absent" if np.isnan(x) else f"{x:.5f}" for x in (first, second)), difference])
+    epochs = "; ".join(
+        f"{title}, {model.checkpoint['stage_name']}, epoch {model.checkpoint['epoch']}"
+        for title, model in zip(opened.titles, opened.models, strict=True)
+    )
+    head = f"{opened.where}, {len(opened.source)} images. {epochs}."
+    return f"{head}\n\n{markdown_table(['class', *opened.titles, 'difference'], rows)}\n"
+
+
+def draw(opened: Opened, totals: Any, scores: Any, names: list[str], number: int) -> list[str]:
+    """Draws the bars and the pictures in the place of earlier ones; returns the files' names in the output folder."""
+    from jaxseg import metrics, plots
+
+    labels, output = opened.models[0].labels, opened.output
+    a, b = (metrics.iou_per_class(total) for total in totals)
+    means = metrics.mean_iou(totals[0]), metrics.mean_iou(totals[1])
+    title = f"IoU per class, {opened.where}"
+    plots.plot_class_bars((a, b), means, labels.names, opened.titles, title, output / "classes.png")
+    figures = ["classes.png"]
+    chosen = choose_images(scores, number)
+    shown = [*chosen[0], *chosen[1]]
+    maps = [
+        {index: prediction for index, _, prediction in predict(model, opened.source, shown, "pictures")}
+        for model in opened.models
+    ]
+    for letter, indices in zip("AB", chosen, strict=True):
+        for old in output.glob(f"{letter.lower()}_better_*.png"):
+            old.unlink()
+        rows = []
+        for index in indices:
+            item, (first, second) = opened.source[index], scores[:, index]
+            caption = f"{names[index]} · mIoU: A {first:.3f}, B {second:.3f} ({second - first:+.3f})"
+            rows.append(plots.Row(item["image"], (item["label"], maps[0][index], maps[1][index]), caption))
+        headings = ("photograph", "label", *opened.titles)
+        paths = plots.plot_rows(rows, headings, labels.names, labels.colours, output / f"{letter.lower()}_better.png")
+        figures += [path.name for path in paths]
+    return figures
+
+
+def describe(opened: Opened, totals: Any, scores: Any, names: list[str], figures: list[str]) -> dict[str, Any]:
+    """What comparison.json holds: of each model its checkpoint, IoU per class (null where absent) and on each image."""
+    import numpy as np
+
+    from jaxseg import metrics
+
+    record: dict[str, Any] = {"of": opened.where}
+    for letter, title, model, total, own in zip("AB", opened.titles, opened.models, totals, scores, strict=True):
+        iou = metrics.iou_per_class(total).tolist()
+        record[letter] = {
+            "title": title,
+            "checkpoint": model.checkpoint,
+            "mean_iou": metrics.mean_iou(total),
+            "iou": {name: None if np.isnan(x) else x for name, x in zip(model.labels.names, iou, strict=True)},
+            "images": dict(zip(names, own.tolist(), strict=True)),
+        }
+    return {**record, "figures": figures}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
