@@ -194,6 +194,42 @@ def test_runs_that_recorded_nothing_or_exploded_can_be_drawn(tmp_path):
     assert (read(tmp_path / "1.png") != 255).any()
 
 
+@pytest.mark.filterwarnings("error")
+def test_bars_are_as_long_as_the_ious(tmp_path):
+    ious = np.array([0.5, 1.0, np.nan]), np.array([0.25, np.nan, np.nan])
+    names, models = ("sky", "a class with a name that is much too long", "car"), ("A: " + "long " * 20, "B: two")
+    plots.plot_class_bars(ious, (0.75, 0.25), names, models, "a title", tmp_path / "figure.png")
+    picture = read(tmp_path / "figure.png")
+    lengths = []
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        found = np.abs(picture - np.array(colour)).max(-1) <= 2
+        # Below the legend.
+        widths = found[130:].sum(1)
+        starts = np.nonzero(np.diff(np.concatenate([[0], widths > 0, [0]])) > 0)[0]
+        lengths.append([int(widths[start + 5]) for start in starts])
+    assert len(lengths[0]) == 3 and len(lengths[1]) == 2
+    one = lengths[0][1]
+    np.testing.assert_allclose(lengths[0], np.array([0.5, 1, 0.75]) * one, atol=2)
+    np.testing.assert_allclose(lengths[1], np.array([0.25, 0.25]) * one, atol=2)
+    for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        assert (edge == 255).all()
+
+
+def test_rows_may_have_any_number_of_class_maps(tmp_path):
+    image, maps = np.full((20, 30, 3), 200, np.uint8), [np.full((20, 30), index) for index in (1, 2, 3)]
+    row = plots.Row(image, tuple(maps), "a caption")
+    (path,) = plots.plot_rows([row], ("photograph", "label", "A", "B: " + "x" * 90), NAMES, COLOURS, tmp_path / "r.png")
+    picture = read(path)
+    quarters = np.array_split(picture, 4, axis=1)
+    for classes, quarter in zip(maps, quarters[1:], strict=True):
+        colour = plots.overlay(image, classes, COLOURS)[5, 5]
+        assert count_colour(quarter, colour) > 10_000 and count_colour(picture, colour) < 1.1 * count_colour(
+            quarter, colour
+        )
+    with pytest.raises(ValueError, match="needs a A of that size"):
+        plots.plot_rows([row._replace(maps=(maps[0], maps[1].T))], ("photograph", "label", "A"), NAMES, COLOURS, path)
+
+
 @pytest.mark.parametrize("values", [[0.0593], [0.48, 0.5, 0.4801], [0.0, 1.0], [0.3, 0.6], [0.7], [0.39999, 0.40001]])
 def test_ticks_are_round_numbers_around_the_scores(values):
     ticks = variants._choose_ticks(np.array(values))
