@@ -18,7 +18,8 @@ def _plain_conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> 
     rows, columns, _, features = kernel.shape
     if rows == columns == 1 and not padding:
         return _product(x[:, ::strides, ::strides], kernel[0, 0], ((3,), (0,)))
-    if x.shape[1] < rows or x.shape[2] < columns:
+    # A side that is not known yet, in a program that is exported, is no int, and counts as long.
+    if any(isinstance(side, int) and side < length for side, length in ((x.shape[1], rows), (x.shape[2], columns))):
         # A map smaller than the kernel, the last of an image of 64x64: XLA's CPU backend would take a hundred times
         # longer than the matrix product of the kernel with each output's whole input.
         x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))

@@ -108,7 +108,7 @@ def encoder_shapes(name: str) -> dict[tuple[str, ...], tuple[int, ...]]:
 def torch_name(path: tuple[str, ...]) -> str:
     """Renames a leaf: (params, layer2_0, downsample_bn, scale) -> layer2.0.downsample.1.weight."""
     module = ".".join(path[1:-1])
-    module = re.sub(r"^layer(\d+)_(\d+)\b", r"layer\1.\2", module)
+    module = re.sub(r"\blayer(\d+)_(\d+)\b", r"layer\1.\2", module)
     module = module.replace("downsample_conv", "downsample.0").replace("downsample_bn", "downsample.1")
     return f"{module}.{LEAVES[path[-1]]}"
 

@@ -93,10 +93,13 @@ def load_model(name: str, path: str | Path, variables: Any) -> dict[str, Any]:
 def save_torch(variables: Any, path: str | Path) -> None:
     """Writes an encoder as a `.safetensors` file that loads strictly into torchvision's ResNet with `fc = Identity()`.
 
-    `load_encoder` reads the same values back, to the bit.
+    `load_encoder` reads the same values back, to the bit. Of a whole segmenter the encoder's names get the prefix
+    `encoder.`, and with `decoder.` come the weights of `conv_transpose1` to 5 (ConvTranspose2d), `head` (Conv2d) and
+    perhaps `bn1` to 5 (BatchNorm2d).
 
     Args:
-      variables: `{"params": ..., "batch_stats": ...}` of a ResNet encoder, of floating types; saved as float32.
+      variables: `{"params": ..., "batch_stats": ...}` of a ResNet encoder, or of a segmenter with one; of floating
+        types; saved as float32.
       path: the file, in a folder that exists; what is there is replaced, at once and whole.
 
     Raises:
@@ -110,7 +113,8 @@ def save_torch(variables: Any, path: str | Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}: make it first")
     tensors = to_torch(variables)
-    if all(any(find_faults(tensors, name).values()) for name in VARIANTS):
+    encoder = to_torch(_part(variables, "encoder")) if "decoder" in variables.get("params", ()) else tensors
+    if all(any(find_faults(encoder, name).values()) for name in VARIANTS):
         raise ValueError(f"{path}: nothing written, these are the variables of none of {', '.join(VARIANTS)}")
     _named(path, _narrow, tensors)
     for name in [name for name in tensors if name.endswith("running_mean")]:
@@ -161,12 +165,20 @@ def convert_resnet(tensors: dict[str, np.ndarray], name: str) -> dict[str, Any]:
 
 
 def to_torch(variables: Any) -> dict[str, np.ndarray]:
-    """Turns an encoder's Flax variables, or a tree like them, into torchvision's: name -> array, dtypes kept."""
+    """Turns an encoder's or a segmenter's Flax variables, or a tree like them, into PyTorch's: name -> array.
+
+    The encoder's names are torchvision's, the decoder's our own; see `save_torch`. Types are kept.
+    """
     tensors = {}
     for path, leaf in traverse_util.flatten_dict(variables).items():
         array = np.asarray(leaf)
         name = torch_name(path) if path[-1] in LEAVES else ".".join(path)
-        tensors[name] = np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
+        if array.ndim == 4 and path[-2].startswith("conv_transpose"):
+            # Flax correlates where PyTorch scatters: the kernel is turned by 180 degrees.
+            array = np.ascontiguousarray(array[::-1, ::-1].transpose(2, 3, 0, 1))
+        elif array.ndim == 4:
+            array = np.ascontiguousarray(array.transpose(3, 2, 0, 1))
+        tensors[name] = array
     return tensors
 
 

@@ -18,6 +18,7 @@ ALLOWED = {
         f"jaxseg.{name}"
         for name in ("checkpoint", "classify", "data.labels", "decoders", "manner", "resnet", "segmenter", "train")
     },
+    "jaxseg.export": {"jaxseg.segmenter"},
     "jaxseg.checkpoint": {"jaxseg.files"},
     "jaxseg.log": {"jaxseg.files"},
     "jaxseg.manner": {"jaxseg.data.canvases", "jaxseg.data.loader"},

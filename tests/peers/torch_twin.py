@@ -22,34 +22,40 @@ from experiments.settings import parse
 from jaxseg import metrics, optimizer
 from jaxseg.data import loader
 from jaxseg.decoders import BaselineDecoder
+from jaxseg.pretrained import to_torch
 from jaxseg.segmenter import MEAN, STD, STRIDE
 from tests.peers.torch_resnet import ResNet
 
 
 class Decoder(nn.Module):
-    """The report's baseline decoder."""
+    """The report's decoders: the baseline, or with batch norm and dropout the improved one."""
 
-    def __init__(self, channels: int, num_classes: int):
+    def __init__(self, channels: int, num_classes: int, improved: bool = False, dropout: float = 0.0):
         super().__init__()
         widths = (channels, 256, 128, 64, 32, 16)
-        self.layers = nn.ModuleList(
-            nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False) for i, o in itertools.pairwise(widths)
-        )
+        self.depth, self.dropout = len(widths) - 1, dropout
+        for number, (inputs, outputs) in enumerate(itertools.pairwise(widths), 1):
+            layer = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False)
+            self.add_module(f"conv_transpose{number}", layer)
+            self.add_module(f"bn{number}", nn.BatchNorm2d(outputs) if improved else nn.Identity())
         self.head = nn.Conv2d(16, num_classes, 1)
 
     def forward(self, x):
-        for layer in self.layers:
-            x = functional.relu(layer(x), inplace=True)
+        for number in range(1, 1 + self.depth):
+            x = self.get_submodule(f"conv_transpose{number}")(x)
+            x = functional.relu(self.get_submodule(f"bn{number}")(x), inplace=True)
+        if self.dropout:
+            x = functional.dropout(x, self.dropout, self.training)
         return self.head(x)
 
 
 class Segmenter(nn.Module):
-    """uint8 NHWC image -> float32 NCHW logits of the same height and width."""
+    """uint8 NHWC image -> float32 NCHW logits of the same height and width; the other arguments are `Decoder`'s."""
 
-    def __init__(self, num_classes: int, variant: str = "resnet18"):
+    def __init__(self, num_classes: int, variant: str = "resnet18", improved: bool = False, dropout: float = 0.0):
         super().__init__()
         self.encoder = ResNet(variant)
-        self.decoder = Decoder(self.encoder.channels, num_classes)
+        self.decoder = Decoder(self.encoder.channels, num_classes, improved, dropout)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
@@ -63,42 +69,8 @@ class Segmenter(nn.Module):
 
 
 def torch_state(variables) -> dict[str, torch.Tensor]:
-    """Flax variables of the baseline -> this module's state dict (without the batch norms' counters)."""
-    params, stats = variables["params"], variables["batch_stats"]["encoder"]
-    state = {}
-
-    def put(name, array):
-        state[name] = torch.from_numpy(np.array(array))
-
-    def conv(name, kernel):
-        put(f"{name}.weight", np.transpose(kernel, (3, 2, 0, 1)))
-
-    def norm(name, values, running):
-        for ours, theirs in (("scale", "weight"), ("bias", "bias")):
-            put(f"{name}.{theirs}", values[ours])
-        for ours in ("mean", "var"):
-            put(f"{name}.running_{ours}", running[ours])
-
-    def block(prefix, values, running):
-        for part, entry in values.items():
-            name = prefix + {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}.get(part, part)
-            if "kernel" in entry:
-                conv(name, entry["kernel"])
-            else:
-                norm(name, entry, running[part])
-
-    encoder = params["encoder"]
-    block("encoder.", {part: encoder[part] for part in ("conv1", "bn1")}, stats)
-    for part in encoder:
-        if part.startswith("layer"):
-            block(f"encoder.{part.replace('_', '.')}.", encoder[part], stats[part])
-    for index in range(5):
-        kernel = np.asarray(params["decoder"][f"conv_transpose{index + 1}"]["kernel"])
-        # Flax correlates where PyTorch scatters: the kernel is turned by 180 degrees.
-        put(f"decoder.layers.{index}.weight", kernel[::-1, ::-1].transpose(2, 3, 0, 1))
-    conv("decoder.head", np.asarray(params["decoder"]["head"]["kernel"]))
-    put("decoder.head.bias", params["decoder"]["head"]["bias"])
-    return state
+    """Flax variables -> this module's state dict (without the batch norms' counters)."""
+    return {name: torch.tensor(array) for name, array in to_torch(variables).items()}
 
 
 def load(model: Segmenter, variables) -> Segmenter:

@@ -5,26 +5,10 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from experiments.works import Load
 from tests.peers import torch_twin
-
-
-class ImprovedDecoder(nn.Module):
-    """The improved decoder."""
-
-    def __init__(self, channels: int, num_classes: int, dropout: float):
-        super().__init__()
-        baseline = torch_twin.Decoder(channels, num_classes)
-        self.layers, self.head, self.dropout = baseline.layers, baseline.head, dropout
-        self.norms = nn.ModuleList(nn.BatchNorm2d(layer.out_channels) for layer in self.layers)
-
-    def forward(self, x):
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = functional.relu(norm(layer(x)), inplace=True)
-        return self.head(functional.dropout(x, self.dropout, self.training))
 
 
 def rotate(image: torch.Tensor, label: torch.Tensor, max_degrees: float):
@@ -46,11 +30,9 @@ def prepare(work: str, load: Load, batches: Iterator, form: str) -> Callable[[in
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(0)
-    model = torch_twin.Segmenter(load.num_classes, load.encoder)
-    freeze = work == "stage1"
-    if load.model == "improved":
-        dropout = 0.0 if freeze else load.dropout
-        model.decoder = ImprovedDecoder(model.encoder.channels, load.num_classes, dropout)
+    freeze, improved = work == "stage1", load.model == "improved"
+    dropout = load.dropout if improved and not freeze else 0.0
+    model = torch_twin.Segmenter(load.num_classes, load.encoder, improved, dropout)
     model = model.to(device, memory_format=torch.channels_last)
     trained = model.decoder.parameters() if freeze else model.parameters()
     adam = torch.optim.Adam(trained, 1e-3, fused=True)
@@ -67,7 +49,7 @@ def prepare(work: str, load: Load, batches: Iterator, form: str) -> Callable[[in
 
     def train(batch) -> None:
         image, label = on_device(batch["image"]), on_device(batch["label"])
-        if load.model == "improved":
+        if improved:
             image, label = rotate(image, label, load.max_degrees)
         adam.zero_grad(set_to_none=True)
         with cast():
