@@ -34,7 +34,9 @@ def compute_features(run: Run, number: int, variables: Any, stop: Stop) -> np.nd
       is gone with the process; None where they are of no use, do not fit on the disk, or it was asked to stop.
     """
     settings, stage = run.settings, run.stages[number]
-    if not (settings.cache_features and stage.freeze_encoder) or stage.max_degrees or stage.epochs < 2:
+    if not (settings.cache_features and stage.freeze_encoder) or stage.epochs < 2:
+        return None
+    if stage.max_degrees or stage.flip or any(stage.jitter) or settings.augment != "resize":
         return None
     if run.processes.number > 1:
         return None

@@ -114,6 +114,8 @@ def prepare(
             freeze_encoder=index == 0,
             schedule=settings.schedule,
             max_degrees=settings.max_degrees,
+            flip=settings.flip,
+            jitter=settings.jitter,
         )
         for index in range(2)
         if settings.epochs[index]

@@ -44,6 +44,7 @@ _QUICK: dict[str, Any] = {"image_size": (64, 96), "batch_size": 8, "epochs": (1,
 
 # Pixels along a side; far beyond what any machine trains at.
 _LARGEST = 16384
+_LARGEST_SCALE = 16.0
 # The options that change no number: a run may go on with others.
 _PROCESSES = ("coordinator", "num_processes", "process_id")
 _FREE = {"boundary_iou", "data_dir", "workdir", "save_minutes", "summary", "debug_nans", "distributed", *_PROCESSES}
@@ -86,17 +87,27 @@ class Options(DataOptions):
     its kernels and makes every pixel's first guess the classes' frequencies: a random encoder needs it."""
     max_degrees: float | None = None
     """Each training image is rotated, together with its label, by an angle drawn up to this one; 0 rotates none."""
+    augment: Literal["resize", "scale-crop"] = "resize"
+    """How training images come to --image-size: `resize`; or `scale-crop`, each resized from its own size by a random
+    factor and a window cut out, with ignored padding where it is smaller (goes well with --eval-size native)."""
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    """The smallest and the largest factor of --augment scale-crop."""
+    flip: bool = False
+    """Mirror half of the training images, left for right."""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """How far each training image's brightness, contrast, saturation (shares) and hue (turns) are changed at most, as
+    torchvision's ColorJitter does; such as 0.4 0.4 0.4 0.1."""
     dropout: tuple[float, float] | None = None
     """The share of the improved decoder's last features that is dropped in stage 1 and in stage 2."""
     cache_features: bool = True
-    """Where the encoder is frozen, images are not rotated and there is more than one epoch, compute the encoder's
+    """Where the encoder is frozen, images are the same in every epoch and there is more than one, compute the encoder's
     features of the training images once, not in every epoch; up to 1 GiB is kept in memory, more in a temporary file
     in the workdir. Only with one process."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The numbers of the computation. With bfloat16 parameters, batch statistics, the last convolution and the loss
     stay float32; it takes half the memory, and less time where the hardware has it."""
     seed: int = 0
-    """Seeds the initial parameters, the order of the images, the rotation and the dropout."""
+    """Seeds the initial parameters, the order of the images, how they are changed, and the dropout."""
     workdir: pathlib.Path | None = None
     """Folder for everything that the run writes; a fresh one under runs/ if it is not given. A run that was stopped
     goes on when it is given the same folder and options again."""
@@ -216,18 +227,19 @@ def complete(options: Options, name: str) -> Settings:
 
 def to_json(settings: Settings) -> dict[str, Any]:
     """The settings as JSON gives them back: paths as str, tuples as lists."""
-    values = dataclasses.asdict(settings)
-    kinds = {pathlib.Path: str, tuple: list}
-    return {
-        name: next((make(value) for kind, make in kinds.items() if isinstance(value, kind)), value)
-        for name, value in values.items()
-    }
+    return {name: _as_json(value) for name, value in dataclasses.asdict(settings).items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, pathlib.Path) else value
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """The options in which two `to_json` differ and by which their runs would: "--seed 1 there, 0 here"."""
     # An option that an older version did not have was as it is by default now.
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    defaults = {field.name: _as_json(field.default) for field in dataclasses.fields(Options)}
     there, here = defaults | there, defaults | here
     return [
         f"--{name.replace('_', '-')} {there.get(name)} there, {here.get(name)} here"
@@ -250,6 +262,12 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"--adam-b2 must be from 0 to below 1, not {settings.adam_b2}")
     if not 0 <= settings.max_degrees <= 180:
         raise ValueError(f"--max-degrees must be from 0 to 180, not {settings.max_degrees}")
+    low, high = settings.scale_range
+    if not 0 < low <= high <= _LARGEST_SCALE:
+        raise ValueError(f"--scale-range must rise, from above 0 to at most {_LARGEST_SCALE}, not {low} {high}")
+    if not all(0 <= strength < math.inf for strength in settings.jitter) or settings.jitter[3] > 0.5:
+        jitter = " ".join(map(str, settings.jitter))
+        raise ValueError(f"--jitter must be four numbers from 0 up, the last (hue) at most 0.5, not {jitter}")
     if not all(0 <= rate < 1 for rate in settings.dropout):
         raise ValueError(f"--dropout must be from 0 to below 1, not {settings.dropout[0]} {settings.dropout[1]}")
     check_seed(settings.seed, "--seed")

@@ -251,6 +251,7 @@ def _batches(run: Run, number: int, start: int, features: np.ndarray | None) -> 
         start=start,
         part=run.processes.part,
         features=features,
+        scale_range=settings.scale_range if settings.augment == "scale-crop" else None,
     )
 
 

@@ -3,11 +3,15 @@
 Labels are moved, never blended: between two classes there is no third.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-# The mean of ImageNet's pixels as uint8 RGB: after normalising, the input's zero but for rounding.
-MEAN_COLOUR = (124, 116, 104)
+from jaxseg.data.canvases import MEAN_COLOUR
+
+# ITU-R BT.601, in the digits that torchvision has.
+_GREY = (0.2989, 0.587, 0.114)
 
 
 def draw_angle(key: jax.Array, max_degrees: float) -> jax.Array:
@@ -86,6 +90,84 @@ def random_rotate(
       ValueError: max_degrees is not from 0 to 180.
     """
     return rotate(image, label, draw_angle(key, max_degrees), ignore_label)
+
+
+def random_flip(key: jax.Array, image: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mirrors an image (H, W, ...) and its label (H, W), left for right, in half of the draws; else changes nothing."""
+    flips = jax.random.bernoulli(key)
+    return jnp.where(flips, image[:, ::-1], image), jnp.where(flips, label[:, ::-1], label)
+
+
+def random_jitter(key: jax.Array, image: jax.Array, strength: Sequence[float]) -> jax.Array:
+    """Changes an image's brightness, contrast, saturation and hue, as `jitter` does, in a random order.
+
+    Args:
+      key: of this image alone.
+      image: (H, W, 3) uint8 RGB.
+      strength: of brightness, contrast, saturation and hue. The first three's factors are drawn from max(0, 1 - it) to
+        1 + it, the shift of the hue, in turns, from -it to it; with 0 there is no change.
+
+    Returns:
+      (H, W, 3) uint8.
+
+    Raises:
+      ValueError: `strength` is not four numbers from 0 up, the last at most 0.5.
+
+    Source: torchvision.transforms.v2.ColorJitter.
+    """
+    if len(strength) != 4 or not all(0 <= x < float("inf") for x in strength) or strength[3] > 0.5:
+        raise ValueError(f"the jitter must be four numbers from 0 up, the last at most 0.5, not {strength}")
+    for_factors, for_order = jax.random.split(key)
+    around, spread = jnp.array([1.0, 1.0, 1.0, 0.0]), jnp.array(strength, jnp.float32)
+    low = jnp.where(around == 1, jnp.maximum(around - spread, 0), -spread)
+    factors = jax.random.uniform(for_factors, (4,), minval=low, maxval=around + spread)
+    return jitter(image, factors, jax.random.permutation(for_order, 4))
+
+
+def jitter(image: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
+    """Changes an image's brightness, contrast, saturation and hue.
+
+    Brightness blends with black (a factor of 0 gives black, of 1 no change, above 1 more), contrast with the image's
+    mean grey, saturation with each pixel's grey. Each result is clipped; only the last one is rounded.
+
+    Args:
+      image: (H, W, 3) uint8 RGB.
+      factors: (4,) float: of brightness, contrast and saturation from 0 up, and the shift of the hue in turns.
+      order: (4,) integer, a permutation of 0 (brightness) to 3 (hue): which comes first, second, ...
+
+    Returns:
+      (H, W, 3) uint8.
+
+    Source: torchvision.transforms.v2.functional.adjust_brightness, adjust_contrast, adjust_saturation and adjust_hue
+      of a float32 image.
+    """
+
+    def blend(x: jax.Array, change: jax.Array) -> jax.Array:
+        grey = (x * jnp.array(_GREY)).sum(-1, keepdims=True)
+        other = jnp.where(change == 0, 0, jnp.where(change == 1, grey.mean(), grey))
+        return jnp.clip(factors[change] * x + (1 - factors[change]) * other, 0, 1)
+
+    # In a vmap every branch is computed. So the hue, which takes longest, is turned in one place; the others, which are
+    # one formula, come before it or after it.
+    x, turn_hue = image.astype(jnp.float32) / 255, order.argmax()
+    for place in range(3):
+        x = jnp.where(place < turn_hue, blend(x, order[place]), x)
+    x = _turn_hue(x, factors[3])
+    for place in range(1, 4):
+        x = jnp.where(place > turn_hue, blend(x, order[place]), x)
+    return jnp.rint(x * 255).astype(jnp.uint8)
+
+
+def _turn_hue(x: jax.Array, turns: jax.Array) -> jax.Array:
+    """Shifts the hue of x, (H, W, 3) in [0, 1], in HSV; what is grey stays."""
+    red, green, blue = x[..., 0], x[..., 1], x[..., 2]
+    value, chroma = x.max(-1), x.max(-1) - x.min(-1)
+    divisor = jnp.where(chroma > 0, chroma, 1)
+    # In sixths of a turn, from red. Not `value == red`: compiled, a number that is computed twice may differ in a bit.
+    hue = jnp.where(green >= blue, (blue - red) / divisor + 2, (red - green) / divisor + 4)
+    hue = jnp.where((red >= green) & (red >= blue), (green - blue) / divisor, hue) + 6 * turns
+    ahead = (hue[..., None] + jnp.array([5.0, 3.0, 1.0])) % 6
+    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(ahead, 4 - ahead), 0, 1)
 
 
 def _source_coordinates(height: int, width: int, angle: jax.Array | float) -> tuple[jax.Array, jax.Array]:

@@ -15,13 +15,15 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxseg.augment import random_rotate
+from jaxseg.augment import random_flip, random_jitter, random_rotate
 from jaxseg.boundary import boundary_confusion, boundary_width
 from jaxseg.enlarge import enlarge
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.metrics import confusion_matrix, mean_iou
 
 AXIS = "batch"
+# Of brightness, contrast, saturation and hue.
+NO_JITTER = (0.0, 0.0, 0.0, 0.0)
 # A metric is read this many steps after it was computed, so that the device always has work queued.
 LAG = 2
 # Logits are enlarged this many at a time (32 MiB), so that a photograph of any size can be evaluated.
@@ -58,6 +60,8 @@ class Stage:
       freeze_encoder: neither the encoder's parameters nor its batch statistics move.
       schedule: 'constant' or 'cosine'; see `jaxseg.optimizer.make_schedule`.
       max_degrees: each image is rotated by an angle drawn up to it, in either direction.
+      flip: each image is mirrored in half of the draws.
+      jitter: how far each image's brightness, contrast, saturation and hue are changed; see `random_jitter`.
     """
 
     name: str
@@ -66,6 +70,8 @@ class Stage:
     freeze_encoder: bool
     schedule: str = "constant"
     max_degrees: float = 0.0
+    flip: bool = False
+    jitter: tuple[float, float, float, float] = NO_JITTER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +137,8 @@ def train_step(
     tx: optax.GradientTransformation,
     freeze_encoder: bool,
     max_degrees: float = 0.0,
+    flip: bool = False,
+    jitter: tuple[float, float, float, float] = NO_JITTER,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update by one batch, or by one device's part of it.
@@ -145,6 +153,8 @@ def train_step(
       tx: the stage's optimizer, that of `state.opt_state`.
       freeze_encoder: see `Segmenter`.
       max_degrees: see `jaxseg.augment.random_rotate`; with 0 no image is touched.
+      flip: whether `jaxseg.augment.random_flip` is applied.
+      jitter: see `jaxseg.augment.random_jitter`; with zeros no image is touched.
       axis_name: the pmap axis, or None.
 
     Returns:
@@ -153,7 +163,14 @@ def train_step(
     image: Any = batch.get("image")
     label = batch["label"]
     keys = image_keys(key, state.step, len(label), axis_name)
-    for_rotation, for_dropout = (jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in range(2))
+    for_rotation, for_dropout, for_flip, for_jitter = (
+        jax.vmap(jax.random.fold_in, (0, None))(keys, use) for use in range(4)
+    )
+    if flip:
+        image, label = jax.vmap(random_flip)(for_flip, image, label)
+    # Before the rotation, which reveals corners of the mean colour.
+    if any(jitter):
+        image = jax.vmap(random_jitter, (0, 0, None))(for_jitter, image, jitter)
     if max_degrees:
         image, label = jax.vmap(random_rotate, (0, 0, 0, None))(for_rotation, image, label, max_degrees)
 
@@ -366,6 +383,8 @@ def run_stage(
         tx=tx,
         freeze_encoder=stage.freeze_encoder,
         max_degrees=stage.max_degrees,
+        flip=stage.flip,
+        jitter=stage.jitter,
         axis_name=AXIS,
     )
     step_fn, key = pmap_step(update_step, devices, donate=True, keyed=True), replicate(key, devices)

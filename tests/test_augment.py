@@ -1,6 +1,8 @@
-"""augment.py against SciPy's rotation, and what must hold for every image, angle and key."""
+"""augment.py against SciPy's rotation and torchvision's jitter, and what must hold for every image, angle and key."""
 
 import functools
+import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from jaxseg import segmenter
-from jaxseg.augment import MEAN_COLOUR, draw_angle, random_rotate, rotate
+from jaxseg import augment, segmenter
+from jaxseg.augment import MEAN_COLOUR, draw_angle, jitter, random_flip, random_jitter, random_rotate, rotate
 
 ANGLES = (7.3, -30.0, 30.0, 123.4, -170.0)
 # Run plainly, under jit, and as the second of a batch.
@@ -148,3 +150,62 @@ def test_0_degrees_at_most_change_nothing_at_all():
 def test_impossible_angles_are_refused(max_degrees):
     with pytest.raises(ValueError, match="from 0 to 180, not"):
         random_rotate(jax.random.key(0), *make_example(), max_degrees)
+
+
+def test_a_flip_is_numpys_for_image_and_label_in_half_of_the_draws():
+    image, label = make_example()
+    keys = jax.random.split(jax.random.key(5), 200)
+    images, labels = jnp.stack([image] * 200), jnp.stack([label] * 200)
+    flipped, moved = jax.jit(jax.vmap(random_flip))(keys, images, labels)
+    turned = np.array([(one != label).any() for one in moved])
+    assert 70 < turned.sum() < 130
+    for turn, one, its_label in zip(turned, flipped, moved, strict=True):
+        np.testing.assert_array_equal(one, np.fliplr(image) if turn else image)
+        np.testing.assert_array_equal(its_label, np.fliplr(label) if turn else label)
+    for index in (0, int(turned.argmax())):
+        alone = random_flip(keys[index], image, label)
+        np.testing.assert_array_equal(alone[0], flipped[index])
+        np.testing.assert_array_equal(alone[1], moved[index])
+
+
+@pytest.mark.parametrize("way", ["plain", "jit", "vmap"])
+def test_jitter_equals_torchvisions(way):
+    """Its numbers: tests/peers/torchvision_jitter.py."""
+    there = np.load(pathlib.Path(__file__).parent / "fixtures" / "jitter_torchvision.npz")
+    image, cases = jnp.asarray(there["image"]), [jnp.asarray(there[name]) for name in ("factors", "orders")]
+    if way == "vmap":
+        found = jax.jit(jax.vmap(jitter, (None, 0, 0)))(image, *cases)
+    else:
+        run = jax.jit(jitter) if way == "jit" else jitter
+        found = [run(image, *case) for case in zip(*cases, strict=True)][: 2 if way == "plain" else None]
+    for changed, expected in zip(found, there["results"], strict=way != "plain"):
+        assert changed.dtype == jnp.uint8
+        # Half a level by rounding, and what float32 adds.
+        assert np.abs(changed - expected).max() < 0.51
+
+
+def test_the_jitter_is_drawn_evenly_up_to_its_strength_and_so_is_its_order(monkeypatch):
+    monkeypatch.setattr(augment, "jitter", lambda image, factors, order: (factors, order))
+    keys = jax.random.split(jax.random.key(1), 2000)
+    strength = (0.4, 2.0, 0.0, 0.25)
+    factors, orders = jax.jit(jax.vmap(lambda key: random_jitter(key, None, strength)))(keys)
+    for drawn, low, high in zip(factors.T, (0.6, 0, 1, -0.25), (1.4, 3, 1, 0.25), strict=True):
+        assert (low <= drawn).all() and (drawn <= high).all()
+        assert low == high or stats.kstest(drawn, stats.uniform(low, high - low).cdf).pvalue > 0.01
+    # What is drawn for one is not drawn for another.
+    assert np.abs(np.corrcoef(factors[:, jnp.array([0, 1, 3])].T) - np.eye(3)).max() < 0.1
+    kinds, counts = np.unique(orders, axis=0, return_counts=True)
+    assert sorted(map(tuple, kinds.tolist())) == list(itertools.permutations(range(4)))
+    assert stats.chisquare(counts).pvalue > 0.01
+
+
+def test_no_jitter_changes_nothing_at_all():
+    image, _ = make_example()
+    changed = jax.jit(functools.partial(random_jitter, strength=(0, 0, 0, 0)))(jax.random.key(0), image)
+    np.testing.assert_array_equal(changed, image)
+
+
+@pytest.mark.parametrize("strength", [(-0.1, 0, 0, 0), (0, 0, 0, 0.6), (0, 0, float("nan"), 0), (1, 1, 1)])
+def test_an_impossible_jitter_is_refused(strength):
+    with pytest.raises(ValueError, match="four numbers from 0 up"):
+        random_jitter(jax.random.key(0), make_example()[0], strength)

@@ -24,7 +24,7 @@ from experiments import prepare as preparing
 from experiments.datasets import find_data
 from experiments.prepare import prepare
 from experiments.run import how_to_go_on
-from experiments.settings import Options, complete, parse, to_json
+from experiments.settings import Options, complete, differences, parse, to_json
 from experiments.workdir import differ
 from jaxseg import checkpoint
 from jaxseg.data import loader, shapes
@@ -295,6 +295,10 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
         (["--workdir", __file__ + "/run"], "is a file"),
         (["--dropout", "0", "0.2"], "--dropout is for the improved model"),
         (["--max-degrees", "200"], "--max-degrees"),
+        (["--jitter", "0.4", "0.4", "-1", "0"], "--jitter"),
+        (["--jitter", "0", "0", "0", "0.6"], "--jitter"),
+        (["--scale-range", "2", "1"], "--scale-range"),
+        (["--scale-range", "0", "1"], "--scale-range"),
         (["--save-minutes", "0"], "--save-minutes"),
         (["--weights-scope", "all"], "--weights none has no decoder"),
         (["--weights-scope", "all", "--weights", "imagenet"], "--weights imagenet has no decoder"),
@@ -349,6 +353,18 @@ def test_quick_is_seen_in_the_settings_and_yields_to_options_that_are_given(tmp_
     (tmp_path / "config.json").write_text(json.dumps({"settings": to_json(quick)}))
     assert baseline.main(["--workdir", str(tmp_path)]) == 2
     assert "--quick True there, False here" in capsys.readouterr().err
+
+
+def test_a_run_from_before_an_option_goes_on_at_the_options_default():
+    settings = complete(Options(), "baseline")
+    new = {"eval_size", "augment", "scale_range", "flip", "jitter"}
+    there = {name: value for name, value in json.loads(json.dumps(to_json(settings))).items() if name not in new}
+    assert differences(there, to_json(settings)) == []
+    here = to_json(dataclasses.replace(settings, flip=True, jitter=(0.1, 0.0, 0.0, 0.0)))
+    assert differences(there, here) == [
+        "--flip False there, True here",
+        "--jitter [0.0, 0.0, 0.0, 0.0] there, [0.1, 0.0, 0.0, 0.0] here",
+    ]
 
 
 def test_help_explains_every_option_without_loading_jax():

@@ -78,6 +78,9 @@ def test_they_are_those_of_every_image_in_order(prepared, monkeypatch, capsys):
     [
         (["--no-cache-features"], 1),
         (["--max-degrees", "1"], 1),
+        (["--flip"], 1),
+        (["--jitter", "0", "0", "0.1", "0"], 1),
+        (["--augment", "scale-crop"], 1),
         (["--epochs", "1", "2"], 1),
         ([], 2),
     ],

@@ -7,6 +7,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # The modules of jaxseg that each one may import; a module that is not named may import none.
 ALLOWED = {
+    "jaxseg.augment": {"jaxseg.data.canvases"},
     "jaxseg.resnet": {"jaxseg.layers"},
     "jaxseg.misfit": {"jaxseg.resnet"},
     "jaxseg.pretrained": {f"jaxseg.{name}" for name in ("checkpoint", "download", "misfit", "resnet", "torchfile")},

@@ -221,6 +221,7 @@ REFUSED = {
         build_png((1, 1), 8, 3, b"\0\0"),  # Pillow raises AssertionError, of the palette that is missing,
         build_png((1, 1), 8, 0, b"\0\0", chunk(b"iCCP", b"x\0")),  # and IndexError, of the profile that is too short
     ],
+    ids=["no palette", "short profile"],
 )
 def test_what_pillow_does_not_expect_is_refused_too(content):
     with pytest.raises(images.UnreadableFileError, match=r"^x: cannot be read \("):
@@ -301,7 +302,7 @@ def test_whatever_is_damaged_is_read_or_refused_by_name():
     assert 1000 < refused < 5900
 
 
-@pytest.mark.parametrize("content", [say_twelve_bits(), say_arithmetic()])
+@pytest.mark.parametrize("content", [say_twelve_bits(), say_arithmetic()], ids=["12 bits", "arithmetic"])
 def test_a_jpeg_that_is_not_what_it_says_is_refused_or_read(content):
     try:
         assert images.read_image(io.BytesIO(content), "x").shape == PHOTO.shape

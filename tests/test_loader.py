@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxseg.data import loader
+from jaxseg.data.canvases import MEAN_COLOUR
 
 IMAGE_SIZE = (6, 8)
 
@@ -217,6 +218,68 @@ def test_the_parts_of_a_batch_make_the_batch_and_read_no_more(parts):
     source = ReadSource(15)  # the first one may still be read ahead
     indices = [batch["index"] for batch in loader.eval_batches(source, **options, part=(0, parts))]
     assert sorted(source.read) == sorted(np.concatenate(indices).tolist())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_scale_and_crop_is_resizing_and_cutting_out(seed):
+    rng = np.random.default_rng(seed)
+    old, size = rng.integers(1, 50, 2), rng.integers(1, 40, 2)
+    scale, place = rng.uniform(0.2, 3), rng.choice([0, 1, rng.random()], 2)
+    image, label = rng.integers(0, 256, (*old, 3), np.uint8), rng.integers(0, 9, old, np.uint8)
+    scaled = np.maximum(np.rint(scale * old).astype(int), 1)
+    # Beyond the resized image as far as a window can reach.
+    far = [(length, length) for length in size]
+    wide = np.pad(loader.resize_image(image, tuple(scaled)).astype(int), [*far, (0, 0)], constant_values=-1)
+    top, left = size + np.rint(place * (scaled - size)).astype(int)
+    window = np.s_[top : top + size[0], left : left + size[1]]
+    expected, beyond = wide[window], wide[window][..., 0] < 0
+    cut, moved = loader.scale_and_crop(image, label, tuple(size), scale, place)
+    assert cut.dtype == moved.dtype == np.uint8
+    np.testing.assert_allclose(cut[~beyond], expected[~beyond], atol=1)
+    assert (cut[beyond] == MEAN_COLOUR).all()
+    wide_label = np.pad(
+        loader.resize_label(label, tuple(scaled)), ((size[0],) * 2, (size[1],) * 2), constant_values=255
+    )
+    np.testing.assert_array_equal(moved, wide_label[window])
+
+
+def test_a_window_over_the_whole_image_at_its_own_size_changes_nothing():
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (7, 9, 3), np.uint8), rng.integers(0, 9, (7, 9), np.uint8)
+    cut, moved = loader.scale_and_crop(image, label, (7, 9), 1.0, (0.3, 0.6))
+    np.testing.assert_array_equal(cut, image)
+    np.testing.assert_array_equal(moved, label)
+    cut, moved = loader.scale_and_crop(image, label, (3, 4), 1.0, (0.5, 1.0))
+    np.testing.assert_array_equal(cut, image[2:5, 5:])
+    np.testing.assert_array_equal(moved, label[2:5, 5:])
+
+
+def test_windows_are_drawn_anew_for_each_image_and_epoch_whoever_reads_them():
+    source = ArraySource(9)
+    options = {"image_size": (12, 16), "batch_size": 4, "seed": 3, "scale_range": (0.5, 2.0)}
+
+    def first(number, **more):
+        return list(itertools.islice(loader.train_batches(source, **options, **more), number))
+
+    plain = list(itertools.islice(loader.train_batches(source, image_size=(12, 16), batch_size=4, seed=3), 12))
+    batches, halves = first(12), [first(12, part=(which, 2)) for which in range(2)]
+    for batch, *pieces, other in zip(batches, *halves, first(12, num_threads=1), strict=True):
+        for name, value in batch.items():
+            np.testing.assert_array_equal(np.concatenate([piece[name] for piece in pieces]), value)
+            np.testing.assert_array_equal(other[name], value)
+    for batch, resumed in zip(batches[5:], first(7, start=5), strict=True):
+        for name, value in batch.items():
+            np.testing.assert_array_equal(resumed[name], value)
+    shown, windows = 0, set()
+    for batch, other in zip(batches, plain, strict=True):
+        np.testing.assert_array_equal(batch["index"], other["index"])
+        for index, image, label in zip(batch["index"], batch["image"], batch["label"], strict=True):
+            there = label != 255
+            assert (image[there] == index).all() and (label[there] == index % 7).all()
+            assert (image[~there] == MEAN_COLOUR).all() and there.any()
+            shown += there.mean() / 48
+            windows.add((int(index), there.tobytes()))
+    assert 0.2 < shown < 0.95 and len(windows) > 30
 
 
 def test_mistakes_are_one_line():

@@ -107,20 +107,23 @@ def test_the_keys_of_a_batch_differ_by_image_and_by_step():
     np.testing.assert_array_equal(split(np.zeros(2)).reshape(4, -1), keys[4:8])
 
 
-def test_rotation_and_dropout_follow_the_key(improved_variables):
+def test_whatever_is_drawn_follows_the_key(improved_variables):
     tx = make_optimizer(3e-4, True)
     (batch,) = train.batches_on_devices([make_batch(0)], DEVICES[:1])
 
-    def losses(max_degrees, keys):
+    def losses(keys, **options):
         step = functools.partial(train.train_step, model=IMPROVED, tx=tx, freeze_encoder=True, axis_name=train.AXIS)
-        step = train.pmap_step(functools.partial(step, max_degrees=max_degrees), DEVICES[:1], donate=True, keyed=True)
+        step = train.pmap_step(functools.partial(step, **options), DEVICES[:1], donate=True, keyed=True)
         states = (train.start_stage(improved_variables, tx, DEVICES[:1]) for _ in keys)
         keys = (train.replicate(jax.random.key(key), DEVICES[:1]) for key in keys)
         return [float(step(state, batch, key)[1]["loss"]) for state, key in zip(states, keys, strict=True)]
 
-    first, second, again = losses(30.0, (0, 1, 0))
-    assert first == again
-    assert len({first, second, *losses(0.0, (0, 1))}) == 4
+    found = {*losses((0, 1))}
+    for options in ({"max_degrees": 30.0}, {"flip": True}, {"jitter": (0.4, 0.4, 0.4, 0.1)}):
+        first, second, again = losses((0, 1, 0), **options)
+        assert first == again
+        found |= {first, second}
+    assert len(found) == 8
 
 
 def test_stage_one_moves_neither_the_encoder_nor_its_statistics(variables):
@@ -254,12 +257,12 @@ def loader_batches(start=0):
     """Shuffled batches of a source that has ignored pixels, those of four updates an epoch."""
     images = [make_batch(seed, 1) for seed in range(32)]
     source = [{name: array[0] for name, array in image.items()} for image in images]
-    return loader.train_batches(source, image_size=(32, 64), batch_size=8, seed=3, start=start)
+    return loader.train_batches(source, image_size=(32, 64), batch_size=8, seed=3, start=start, scale_range=(0.5, 2.0))
 
 
 def train_to(state, devices, batches, start=(1, 0), until=None):
     """Trains for two epochs of the improved model, or up to `until` = (epoch, updates); returns losses and state."""
-    stage = train.Stage("a stage", 2, 3e-4, False, max_degrees=30.0)
+    stage = train.Stage("a stage", 2, 3e-4, False, max_degrees=30.0, flip=True, jitter=(0.4, 0.4, 0.4, 0.1))
     tx, losses = make_optimizer(3e-4, False), []
     events = train.run_stage(
         IMPROVED, tx, state, stage, KEY, batches, 4, evaluate, devices, start=start, wants_state=lambda: bool(until)

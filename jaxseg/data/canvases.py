@@ -8,6 +8,9 @@ canvas goes on, what is within the network's sight of the right and the lower ed
 
 import numpy as np
 
+# The mean of ImageNet's pixels as uint8 RGB: after normalising, the input's zero but for rounding. What is beyond an
+# image has it.
+MEAN_COLOUR = (124, 116, 104)
 # Of the encoder: canvases are multiples of it.
 STRIDE = 32
 # Shapes at most. One takes seconds to compile; photographs of one camera or one data set's rule rarely have more.

@@ -6,13 +6,13 @@ keep ahead and to send to the device, which normalises them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 from PIL import Image
 
-from jaxseg.data.canvases import choose_canvases, plan_batches
+from jaxseg.data.canvases import MEAN_COLOUR, choose_canvases, plan_batches
 from jaxseg.data.labels import IGNORE_LABEL
 
 
@@ -68,9 +68,58 @@ def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if label.shape == tuple(size):
         return label
-    # floor((i + 1/2) * old / new) in whole numbers: a half-way case cannot be rounded wrongly.
-    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(label.shape, size, strict=True))
+    rows, columns = map(_nearest, label.shape, size)
     return label[rows][:, columns]
+
+
+def _nearest(old: int, new: int) -> np.ndarray:
+    """Which of `old` pixels is nearest to each of `new` ones that take their place: (new,) int64."""
+    # floor((i + 1/2) * old / new) in whole numbers: a half-way case cannot be rounded wrongly.
+    return (2 * np.arange(new) + 1) * old // (2 * new)
+
+
+def scale_and_crop(
+    image: np.ndarray, label: np.ndarray, size: tuple[int, int], scale: float, place: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resizes an image and its label by a factor, as `resize_image` and `resize_label` do, and cuts a window out.
+
+    Args:
+      image: (H, W, 3) uint8.
+      label: (H, W) uint8.
+      size: (height, width) of the window in pixels.
+      scale: the factor.
+      place: where the window lies, down and along, from 0 (it begins where the image does) to 1 (both end together).
+        Along a side that is shorter than the window it is where the image lies in the window, likewise.
+
+    Returns:
+      The image, (height, width, 3) uint8, and the label, (height, width) uint8. Beyond the image they have the mean
+      colour, and the label that is ignored.
+    """
+    starts, lengths, edges, nearest = [], [], [], []
+    for old, new, share in zip(label.shape, size, place, strict=True):
+        scaled = max(round(scale * old), 1)
+        start = round(share * (scaled - new))
+        first, last = max(start, 0), min(start + new, scaled)
+        starts.append(max(-start, 0))
+        lengths.append(last - first)
+        edges.append((first * old / scaled, last * old / scaled))
+        nearest.append(_nearest(old, scaled)[first:last])
+    # Only what is in the window is computed. At its edges Pillow averages what is beyond them, too.
+    (top, bottom), (left, right) = edges
+    box = (left, top, right, bottom)
+    part = Image.fromarray(image).resize((lengths[1], lengths[0]), Image.Resampling.BILINEAR, box)
+    rows, columns = nearest
+    return (
+        _on_canvas(np.asarray(part), size, starts, MEAN_COLOUR),
+        _on_canvas(label[rows][:, columns], size, starts, IGNORE_LABEL),
+    )
+
+
+def _on_canvas(x: np.ndarray, size: Sequence[int], start: Sequence[int], value: Any) -> np.ndarray:
+    """Puts x, (H, W, ...), at a place of a canvas that has `value` elsewhere."""
+    canvas = np.full((*size, *x.shape[2:]), value, x.dtype)
+    canvas[start[0] : start[0] + x.shape[0], start[1] : start[1] + x.shape[1]] = x
+    return canvas
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:
@@ -98,6 +147,7 @@ def train_batches(
     start: int = 0,
     part: tuple[int, int] = (0, 1),
     features: np.ndarray | None = None,
+    scale_range: tuple[float, float] | None = None,
     num_threads: int = 4,
 ) -> grain.IterDataset:
     """Endless training batches, shuffled anew in each epoch: a function of the seed, not of the threads.
@@ -110,6 +160,8 @@ def train_batches(
       start: how many batches to leave out at the beginning, without reading them: those that were trained on already.
       part: (k, P) to read only the k-th (from 0) of P equal parts of each batch: that of one of P processes.
       features: (len(source), ...), one entry for each image: they take the images' place, which are not read then.
+      scale_range: instead of being resized to `image_size`, each image is resized by a factor drawn between these two,
+        and a window of `image_size` is cut out of it at random; see `scale_and_crop`. Not with features.
       num_threads: batches that are prepared at the same time.
 
     Returns:
@@ -123,16 +175,25 @@ def train_batches(
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed {seed}: must be between 0 and {2**32 - 1}")
 
-    def example(index: int) -> dict:
-        if features is None:
-            item = source[index]
-            inputs, label = {"image": resize_image(item["image"], image_size)}, item["label"]
+    def example(position_and_index: tuple[int, int]) -> dict:
+        position, index = position_and_index
+        if features is not None:
+            label = resize_label(source.label(index), image_size)
+            return {"features": features[index], "label": label, "index": np.int32(index)}
+        item = source[index]
+        image, label = item["image"], item["label"]
+        if scale_range is None:
+            image, label = resize_image(image, image_size), resize_label(label, image_size)
         else:
-            inputs, label = {"features": features[index]}, source.label(index)
-        return {**inputs, "label": resize_label(label, image_size), "index": np.int32(index)}
+            # Of its own for each place in the order of all epochs: whoever reads it draws the same.
+            rng = np.random.default_rng((seed, position))
+            scale, *place = rng.uniform(*scale_range), *rng.random(2)
+            image, label = scale_and_crop(image, label, image_size, scale, place)
+        return {"image": image, "label": label, "index": np.int32(index)}
 
     # The seed goes before the shuffle, which needs it, and the batches before the repeat, or they straddle two epochs.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+    order = order.map_with_index(lambda position, index: (int(position), int(index)))
     batches = order.batch(batch_size, drop_remainder=True, batch_fn=_reader(example, batch_size, part))
     return _read_ahead(batches.repeat(None)[start:], num_threads)
 
@@ -180,14 +241,11 @@ def eval_batches(
     def example(place: int) -> dict:
         item, canvas = source[int(index[place])], canvases[index[place]]
         height, width = item["label"].shape
-        label = np.full(canvas, IGNORE_LABEL, np.uint8)
-        if valid[place]:
-            label[:height, :width] = item["label"]
+        shown = item["label"] if valid[place] else item["label"][:0]
+        label = _on_canvas(shown, canvas, (0, 0), IGNORE_LABEL)
         image = resize_image(item["image"], image_size or (height, width))
         if image_size is None:
-            # Beyond the image it counts as padding, whatever it is.
-            image, small = np.zeros((*canvas, 3), np.uint8), image
-            image[:height, :width] = small
+            image = _on_canvas(image, canvas, (0, 0), MEAN_COLOUR)
         return {
             "image": image,
             "label": label,
@@ -202,14 +260,14 @@ def eval_batches(
     return _read_ahead(batches, num_threads)
 
 
-def _reader(example: Callable[[int], dict], batch_size: int, part: tuple[int, int]) -> Callable[[Sequence[int]], dict]:
+def _reader(example: Callable[[Any], dict], batch_size: int, part: tuple[int, int]) -> Callable[[Sequence[Any]], dict]:
     """Makes what reads a part of a batch, given the places of the whole, so that nothing is read that is not needed."""
     which, parts = part
     if batch_size % parts:
         raise ValueError(f"--batch-size {batch_size} cannot be split over {parts} processes")
     size = batch_size // parts
 
-    def read(places: Sequence[int]) -> dict:
+    def read(places: Sequence[Any]) -> dict:
         examples = [example(place) for place in places[which * size : (which + 1) * size]]
         return {name: np.stack([one[name] for one in examples]) for name in examples[0]}
 
