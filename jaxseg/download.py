@@ -1,6 +1,5 @@
 """Verified downloads into a cache: resumable, atomic, and safe with several processes at once."""
 
-import contextlib
 import hashlib
 import http.client
 import os
@@ -9,16 +8,13 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then spoil each other's download, which the digest shows.
-    fcntl = None  # type: ignore[assignment]
+from jaxseg.files import locked
 
 # Seconds without an answer, or without a byte, after which the network counts as absent.
 TIMEOUT = 8.0
@@ -43,17 +39,27 @@ def cache_folder() -> Path:
         ) from None
 
 
-def fetch(name: str, base_url: str, folder: Path | None = None, timeout: float = TIMEOUT) -> Path:
+def fetch(
+    name: str,
+    base_url: str,
+    folder: Path | None = None,
+    timeout: float = TIMEOUT,
+    *,
+    digest: str | None = None,
+    remedy: str = "give a file with --weights PATH",
+) -> Path:
     """Finds a file in the cache, or downloads it there with a progress bar.
 
     What has come is kept as `<name>.part` and resumed, also by a later call; only a file with the right digest gets
     its name. A second process waits for the first.
 
     Args:
-      name: the file's, with the first hexadecimal digits of its sha256: `<stem>-<digits>.<suffix>`.
+      name: the file's; without `digest` with the first hexadecimal digits of its sha256: `<stem>-<digits>.<suffix>`.
       base_url: what the name is appended to; ends in a slash.
       folder: the cache; made if it is missing; `cache_folder()` if None.
       timeout: seconds to wait for an answer and for each piece of the file.
+      digest: such as `md5:82b4d87c...`; a file that is there already is then verified too.
+      remedy: what else the user can do.
 
     Returns:
       The path of the file.
@@ -62,20 +68,31 @@ def fetch(name: str, base_url: str, folder: Path | None = None, timeout: float =
       ValueError: it cannot be had; one line with the reason, the cache folder and the way out.
     """
     folder = cache_folder() if folder is None else folder
-    path = folder / name
+    path, there = folder / name, True
     try:
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            with _lock(folder / f"{name}.lock"):
+            with locked(folder / f"{name}.lock"):
                 if not path.is_file():
-                    _download(base_url + name, path, timeout)
+                    there = False
+                    _download(base_url + name, path, timeout, digest or _digest_in(name))
     except (OSError, ValueError, http.client.HTTPException, _Failed) as error:  # ValueError: of a URL, of a header
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         raise ValueError(
-            f"cannot download {base_url}{name} ({reason}): {_go_on(path)}put {name} into {folder}, or give a file with"
-            " --weights PATH"
+            f"cannot download {base_url}{name} ({reason}): {_go_on(path)}put {name} into {folder}, or {remedy}"
         ) from None
+    if there and digest:
+        verify(path, digest)
     return path
+
+
+def verify(path: Path, digest: str) -> None:
+    """Raises ValueError, with the way out, unless a file has the digest, such as `md5:82b4d87c...`; shows progress."""
+    found = _digest(path, digest)
+    if found != digest:
+        raise ValueError(
+            f"{path} is damaged or another file: it has {found}, not {digest}; remove it or download it again"
+        )
 
 
 def _go_on(path: Path) -> str:
@@ -87,21 +104,26 @@ def _go_on(path: Path) -> str:
     return f"the {size} bytes that came are kept, and the same command goes on from there; or " if size else ""
 
 
-def _download(url: str, path: Path, timeout: float) -> None:
+def _digest_in(name: str) -> str:
+    """The digest that a file's name ends in."""
+    return f"sha256:{re.search(r'-([0-9a-f]{8,})[.][a-z]+$', name)[1]}"
+
+
+def _download(url: str, path: Path, timeout: float, digest: str) -> None:
     """Downloads to `<path>.part`, resuming what is there, and renames it if its digest is right."""
     part = _part(path)
     resumed = _size(part) > 0
-    (digits,) = re.findall(r"-([0-9a-f]{8,})\.\w+$", path.name)
     with tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
         _complete(url, part, timeout, bar)
-        if resumed and not _digest(part).startswith(digits):
+        found = _digest(part, digest)
+        if resumed and found != digest:
             # What was there may have been the beginning of something else.
             part.unlink()
             _complete(url, part, timeout, bar)
-    digest = _digest(part)
-    if not digest.startswith(digits):
+            found = _digest(part, digest)
+    if found != digest:
         part.unlink()
-        raise _Failed(f"what came has a sha256 that starts with {digest[:8]}, not with {digits}")
+        raise _Failed(f"what came has {found}, not {digest}")
     os.replace(part, path)
 
 
@@ -170,21 +192,6 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
     return value
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds a lock that ends with the process; the empty file stays, because removing it would be a race."""
-    with path.open("a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that holds {path}", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:  # Some network file systems: the digest then shows a spoilt download.
-                print(f"no lock at {path} ({error.strerror}): let no other process download the same file", flush=True)
-        yield
-
-
 def _part(path: Path) -> Path:
     """Where a file is kept until it is complete."""
     return path.with_name(path.name + ".part")
@@ -194,6 +201,13 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path, like: str) -> str:
+    """The digest of a file, by the same algorithm and as long as another one."""
+    algorithm, _, digits = like.partition(":")
+    state, size = hashlib.new(algorithm), _size(path)
+    with path.open("rb") as file, tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        bar.set_description(f"verifying {path.name}")
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
+            bar.update(len(chunk))
+    return f"{algorithm}:{state.hexdigest()[: len(digits)]}"

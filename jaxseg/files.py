@@ -1,9 +1,14 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Files that are whole or not there, whatever happens while they are written, and by one process at a time."""
 
 import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then spoil each other's files.
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -39,3 +44,25 @@ def sync(path: pathlib.Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock that ends with the process; a second process waits for the first, and says so.
+
+    Args:
+      path: of the lock's file, which is empty, and stays because removing it would be a race.
+
+    Raises:
+      OSError: it cannot be made.
+    """
+    with path.open("a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that holds {path}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # Some network file systems.
+                print(f"no lock at {path} ({error.strerror}): let no other process make the same file", flush=True)
+        yield

@@ -323,6 +323,23 @@ def test_a_file_system_without_locks_is_told_and_used(server, tmp_path, monkeypa
     assert out.count("\n") == 1 and str(tmp_path) in out and "no lock" in out
 
 
+def test_a_digest_may_be_given_and_is_then_asked_of_what_is_there_too(server, tmp_path):
+    digest = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
+    server.drop = [300_000]  # and the rest is asked for
+    path = fetch("archive.tgz", server.url, tmp_path, digest=digest)
+    assert path.read_bytes() == CONTENT and server.requests == [None, "bytes=300000-"]
+    assert fetch("archive.tgz", "http://127.0.0.1:9/", tmp_path, digest=digest) == path
+    path.write_bytes(CONTENT[:-1] + b"x")
+    with pytest.raises(
+        ValueError, match=r"archive.tgz is damaged or another file: it has md5:\w{32}, not md5:\w{32}; rem"
+    ):
+        fetch("archive.tgz", server.url, tmp_path, digest=digest)
+    server.content = b"something else"
+    with pytest.raises(ValueError, match=r"what came has md5:.*: put other.tgz into .*, or leave it$"):
+        fetch("other.tgz", server.url, tmp_path, digest=digest, remedy="leave it")
+    assert not (tmp_path / "other.tgz").exists() and not (tmp_path / "other.tgz.part").exists()
+
+
 def test_without_a_home_folder_the_way_out_is_told(monkeypatch):
     def home():
         raise RuntimeError("Could not determine home directory.")
@@ -368,7 +385,7 @@ def test_the_bar_shows_what_was_there_and_what_came(server, tmp_path, monkeypatc
     monkeypatch.setattr(download, "tqdm", Bar)
     part(tmp_path).write_bytes(CONTENT[:600_000])
     fetch(NAME, server.url, tmp_path)
-    (bar,) = bars
+    bar = bars[0]
     assert bar.seen[0] == 600_000 and (bar.n, bar.total) == (len(CONTENT), len(CONTENT))
 
 

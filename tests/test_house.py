@@ -21,6 +21,7 @@ ALLOWED = {
     },
     "jaxseg.export": {"jaxseg.segmenter"},
     "jaxseg.checkpoint": {"jaxseg.files"},
+    "jaxseg.download": {"jaxseg.files"},
     "jaxseg.log": {"jaxseg.files"},
     "jaxseg.manner": {"jaxseg.data.canvases", "jaxseg.data.loader"},
     "jaxseg.plots.page": {"jaxseg.files"},
