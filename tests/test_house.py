@@ -40,7 +40,15 @@ ALLOWED = {
     "jaxseg.data.images": {"jaxseg.data.labels"},
     "jaxseg.data.folder": {"jaxseg.data.images", "jaxseg.data.labels"},
     "jaxseg.data.loader": {"jaxseg.data.canvases", "jaxseg.data.labels"},
-    "jaxseg.data.shapes": {"jaxseg.data.labels"},
+    "jaxseg.data.archives": {"jaxseg.data.images"},
+    "jaxseg.data.matlab": {"jaxseg.data.images"},
+    "jaxseg.data.records": {"jaxseg.data.images", "jaxseg.data.labels", "jaxseg.files"},
+    "jaxseg.data.pairs": {f"jaxseg.data.{name}" for name in ("images", "records", "threads")},
+    "jaxseg.data.shapes": {"jaxseg.data.images", "jaxseg.data.labels", "jaxseg.data.records"},
+    "jaxseg.data.voc9": {
+        "jaxseg.download",
+        *(f"jaxseg.data.{name}" for name in ("archives", "images", "labels", "matlab", "pairs", "records")),
+    },
 }
 
 

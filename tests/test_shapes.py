@@ -6,12 +6,13 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from jaxseg import metrics
-from jaxseg.data import shapes
+from jaxseg.data import records, shapes
 from tests.peers import colour_classifier
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -128,7 +129,7 @@ def prepared(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def assert_complete(sources: dict[str, shapes.ShapesSource]) -> None:
+def assert_complete(sources: dict[str, records.RecordSource]) -> None:
     """Every scene of the small data set is what `render_scene` gives."""
     assert list(sources) == ["train", "val", "test"]
     for number, (split, count) in enumerate(zip(sources, SMALL.counts, strict=True)):
@@ -184,7 +185,7 @@ def test_threads_read_at_the_same_time(prepared):
 
 KILLED = """
 import os, sys
-from jaxseg.data import shapes
+from jaxseg.data import records, shapes
 render, calls = shapes.render_scene, []
 def render_some(*arguments):
     calls.append(arguments)
@@ -206,16 +207,31 @@ def test_a_killed_preparation_is_recovered_and_nothing_is_written_elsewhere(tmp_
     assert_complete(shapes.open_shapes(folder / "data", SMALL))
 
 
-def test_of_two_preparations_at_once_both_get_the_data(tmp_path, monkeypatch):
-    render = shapes.render_scene
+def test_of_two_preparations_at_once_one_renders_and_both_get_the_data(tmp_path, monkeypatch):
+    render, locked, rendered = shapes.render_scene, records.locked, []
+    started, waiting = threading.Event(), threading.Event()
 
-    def render_after_somebody_else(*arguments):
-        monkeypatch.setattr(shapes, "render_scene", render)
-        shapes.open_shapes(tmp_path, SMALL)
+    def render_slowly(*arguments):
+        started.set()
+        assert waiting.wait(60)
+        rendered.append(arguments)
         return render(*arguments)
 
-    monkeypatch.setattr(shapes, "render_scene", render_after_somebody_else)
-    assert_complete(shapes.open_shapes(tmp_path, SMALL))
+    def lock(path):
+        if started.is_set():
+            waiting.set()
+        return locked(path)
+
+    monkeypatch.setattr(shapes, "render_scene", render_slowly)
+    monkeypatch.setattr(records, "locked", lock)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(shapes.open_shapes, tmp_path, SMALL)
+        assert started.wait(60)
+        second = shapes.open_shapes(tmp_path, SMALL)
+        assert len(rendered) == sum(SMALL.counts)
+        monkeypatch.undo()
+        for sources in (first.result(), second):
+            assert_complete(sources)
 
 
 def test_preparing_is_quiet_without_a_terminal(tmp_path):

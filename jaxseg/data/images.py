@@ -1,6 +1,7 @@
-"""Reads images and labels, from files or from memory: each as a user would expect, or refused by name."""
+"""Reads images and labels, from files or from memory: each as a user would expect, or refused by name; encodes them."""
 
 import collections
+import io
 import os
 import stat
 import warnings
@@ -114,6 +115,13 @@ def label_size(file: File, name: str | None = None) -> tuple[int, int]:
     """The height and width of a label in pixels, from its header; `file` and `name` as in `read_label`."""
     with _open(file, str(name or file), ("PNG",)) as label:
         return label.height, label.width
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of pixels (H, W) or (H, W, 3) uint8."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", compress_level=3)
+    return file.getvalue()
 
 
 def _classes_of(values: np.ndarray, colours: Sequence[Colour], where: str) -> np.ndarray:

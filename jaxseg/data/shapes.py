@@ -8,20 +8,21 @@ kinds, so that a pixel's colour says little about its class: a classifier has to
 Lengths in this module are in units of the image's height unless they say pixels; x points right, y down.
 """
 
-import contextlib
 import dataclasses
 import io
 import math
-import os
 import pathlib
 import typing
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from jaxseg.data.images import encode_png
+from jaxseg.data.labels import IGNORE_LABEL
+from jaxseg.data.records import RecordSource, prepare
 
 NAMES = (
     "background",
@@ -34,7 +35,6 @@ NAMES = (
     "fish",
     "starfish",
 )
-IGNORE_LABEL = 255
 # How often an object is of each kind; the rarest is met half as often as the most frequent.
 FREQUENCIES = np.array([0.18, 0.14, 0.10, 0.14, 0.11, 0.12, 0.12, 0.09])
 # The hue each kind leans to, in turns from red through green and blue, and how often it follows it.
@@ -486,75 +486,19 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
         """Renders scene after scene; each is a function of its split and its index alone."""
         config = self.builder_config
+
+        def png(pixels: np.ndarray) -> io.BytesIO:
+            return io.BytesIO(encode_png(pixels))
+
         for index in tqdm(range(count), f"rendering {split}", unit="img", disable=not self._progress or None):
             image, label = render_scene([SPLITS.index(split), index], config.height, config.width)
-            example = {"image": _encode_png(image), "label": _encode_png(label), "name": f"{split}_{index:04d}"}
+            example = {"image": png(image), "label": png(label), "name": f"{split}_{index:04d}"}
             yield index, example
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back what TFDS prints, logs and counts: the builder shows its own progress."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        tfds.enable_progress_bar()
-
-
-def _encode_png(pixels: np.ndarray) -> io.BytesIO:
-    """A PNG file of pixels (H, W) or (H, W, 3) uint8."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png", compress_level=3)
-    file.seek(0)
-    return file
-
-
-class ShapesSource:
-    """Random access to one split; threads may read it at the same time."""
-
-    def __init__(self, builder: Shapes, split: str):
-        skip = tfds.decode.SkipDecoding()
-        self._records = builder.as_data_source(split, decoders={"image": skip, "label": skip})
-        self._size = (builder.builder_config.height, builder.builder_config.width)
-
-    def __len__(self) -> int:
-        """How many scenes there are."""
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
-        """Decodes one scene.
-
-        Returns:
-          "image": (H, W, 3) uint8; "label": (H, W) uint8, indices into NAMES or 255; "name": the scene's name.
-
-        Raises:
-          IndexError: `index` is not in [-len, len).
-        """
-        record = self._records[range(len(self))[index]]
-        image, label = (_decode(record[key]) for key in ("image", "label"))
-        return {"image": image, "label": label, "name": record["name"].decode()}
-
-    def label(self, index: int) -> np.ndarray:
-        """Decodes one label alone: (H, W) uint8."""
-        return _decode(self._records[index]["label"])
-
-    def label_sizes(self) -> np.ndarray:
-        """The height and width in pixels of each label, (N, 2) int64, without decoding any."""
-        return np.tile(np.array(self._size), (len(self), 1))
-
-
-def _decode(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)))
 
 
 def open_shapes(
     data_dir: str | pathlib.Path, config: ShapesConfig | None = None, progress: bool = True
-) -> dict[str, ShapesSource]:
+) -> dict[str, RecordSource]:
     """Opens the data set, rendering it first if it is not in `data_dir`.
 
     The files appear under their final name only once all are complete: a rerun after an interruption renders anew.
@@ -570,16 +514,8 @@ def open_shapes(
     Raises:
       NotADirectoryError: `data_dir` is a file.
     """
-    data_dir = pathlib.Path(data_dir)
-    if data_dir.exists() and not data_dir.is_dir():
-        raise NotADirectoryError(f"{data_dir} is a file: give a folder for the data")
     config = config or ShapesConfig()
     # TFDS insists on its own object for a configuration it knows.
     config = Shapes.builder_configs.get(config.name, config)
-    with _quiet():
-        builder = Shapes(data_dir=os.fspath(data_dir), config=config, progress=progress)
-        try:
-            builder.download_and_prepare()
-        except FileExistsError:  # another process rendered the same scenes meanwhile, and was first
-            builder = Shapes(data_dir=os.fspath(data_dir), config=config)
-    return {split: ShapesSource(builder, split) for split in SPLITS}
+    builder, _ = prepare(lambda: Shapes(data_dir=data_dir, config=config, progress=progress), pathlib.Path(data_dir))
+    return {split: RecordSource(builder, split) for split in SPLITS}

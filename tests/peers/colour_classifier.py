@@ -13,10 +13,10 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from jaxseg import metrics
-from jaxseg.data import shapes
+from jaxseg.data import records, shapes
 
 
-def draw_pixels(source: shapes.ShapesSource, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_pixels(source: records.RecordSource, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Draws about `count` labelled pixels, equally many from each scene.
 
     Returns:
