@@ -7,6 +7,8 @@ from PIL import Image
 from experiments.datasets import KINDS, DataOptions, find_data, short_name
 from experiments.settings import RECIPES
 from jaxseg.data import shapes
+from jaxseg.data.labels import CAMVID, VOC9
+from tests.peers import small_voc
 
 
 def test_every_kind_has_a_recipe_for_every_experiment():
@@ -52,13 +54,38 @@ def test_small_shapes_are_other_and_fewer_scenes(tmp_path, monkeypatch):
     assert short_name("shapes:small") == "shapes-small"
 
 
+def test_voc9_and_camvid_are_made_from_the_manual_folder(tmp_path):
+    small_voc.write(tmp_path / "manual")
+    labels, open_splits = find_data(DataOptions("voc9", manual_dir=tmp_path / "manual", data_dir=tmp_path / "data"))
+    assert labels is VOC9 and not (tmp_path / "data").exists()
+    assert {name: len(source) for name, source in open_splits().items()} == {"train": 3, "val": 3, "test": 2}
+    for split in ("train", "val"):
+        for part in ("img", "seg"):
+            (tmp_path / "streets" / split / part).mkdir(parents=True)
+            Image.new("RGB" if part == "img" else "L", (2, 1)).save(tmp_path / "streets" / split / part / "a.png")
+    options = DataOptions("camvid", manual_dir=tmp_path / "streets", data_dir=tmp_path / "data")
+    labels, open_splits = find_data(options)
+    assert labels is CAMVID and {name: len(source) for name, source in open_splits().items()} == {"train": 1, "val": 1}
+    with pytest.raises(ValueError, match="the data set has no test split, only train, val"):
+        find_data(options, ("test",))[1]()
+
+
 def test_options_that_do_not_fit_are_refused_before_any_file_is_looked_at(tmp_path):
     for options, said in (
-        (DataOptions(f"{tmp_path}"), f"use shapes or folder:{tmp_path}"),
-        (DataOptions("shapes:large"), "use shapes or folder:DIR"),
-        (DataOptions("folder:"), "use shapes or folder:DIR"),
-        (DataOptions("shapes", 3), "--num-classes is for folders"),
+        (DataOptions(f"{tmp_path}"), f"use shapes, folder:{tmp_path}, voc9, camvid or tfds:NAME"),
+        (DataOptions("shapes:large"), "unknown --dataset 'shapes:large'"),
+        (DataOptions("folder:"), "use shapes, folder:DIR, voc9"),
+        (DataOptions("shapes", 3), "--num-classes is for folders and tfds: shapes has"),
         (DataOptions("folder:nowhere", 1), "--num-classes must be from 2 to 255, not 1"),
+        (DataOptions("voc9:x"), "unknown --dataset 'voc9:x'"),
+        (DataOptions("tfds"), "unknown --dataset 'tfds'"),
+        (DataOptions("shapes:"), "unknown --dataset 'shapes:'"),
+        (DataOptions("folder:x", manual_dir=tmp_path), "--manual-dir is for voc9 and camvid, not for folder"),
+        (DataOptions("tfds:x", skip_bad=True), "--skip-bad is for voc9 and camvid, not for tfds"),
+        (DataOptions("voc9", label_offset=-1), "--label-offset is for tfds:NAME, not for voc9"),
+        (DataOptions("tfds:x", splits=("train",)), "--splits: give two or three"),
+        (DataOptions("tfds:x", label_offset=256), "--label-offset must be from -255 to 255"),
+        (DataOptions("tfds:x", label_ignore=(0, 256)), "--label-ignore must be from 0 to 255"),
     ):
         with pytest.raises(ValueError, match=said):
             find_data(options)
@@ -66,3 +93,4 @@ def test_options_that_do_not_fit_are_refused_before_any_file_is_looked_at(tmp_pa
 
 def test_results_are_called_after_the_data_set(folder):
     assert short_name("shapes") == "shapes" and short_name(f"folder:{folder}/") == folder.name
+    assert short_name("tfds:pets:1.0.0") == "pets-1.0.0" and short_name("tfds:pets/small") == "pets-small"

@@ -45,6 +45,11 @@ ALLOWED = {
     "jaxseg.data.records": {"jaxseg.data.images", "jaxseg.data.labels", "jaxseg.files"},
     "jaxseg.data.pairs": {f"jaxseg.data.{name}" for name in ("images", "records", "threads")},
     "jaxseg.data.shapes": {"jaxseg.data.images", "jaxseg.data.labels", "jaxseg.data.records"},
+    "jaxseg.data.prepared": {"jaxseg.data.labels"},
+    "jaxseg.data.camvid": {
+        "jaxseg.download",
+        *(f"jaxseg.data.{name}" for name in ("archives", "images", "labels", "pairs", "records")),
+    },
     "jaxseg.data.voc9": {
         "jaxseg.download",
         *(f"jaxseg.data.{name}" for name in ("archives", "images", "labels", "matlab", "pairs", "records")),

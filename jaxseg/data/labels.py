@@ -53,6 +53,37 @@ VOC9 = Labels(
 )
 
 
+# The eleven classes of the SegNet protocol on CamVid, with SegNet's colours.
+CAMVID = Labels(
+    names=(
+        "sky",
+        "building",
+        "pole",
+        "road",
+        "pavement",
+        "tree",
+        "sign",
+        "fence",
+        "car",
+        "pedestrian",
+        "bicyclist",
+    ),
+    colours=(
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (60, 40, 222),
+        (128, 128, 0),
+        (192, 128, 128),
+        (64, 64, 128),
+        (64, 0, 128),
+        (64, 64, 0),
+        (0, 128, 192),
+    ),
+)
+
+
 def default_colours(num_classes: int) -> tuple[Colour, ...]:
     """Colours that are easy to tell apart, each chosen as far as possible from all before it.
 

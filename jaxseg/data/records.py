@@ -44,14 +44,18 @@ class RecordSource:
         offset: int = 0,
         ignored: Sequence[int] = (IGNORE_LABEL,),
     ):
-        self._features = {key: builder.info.features[key] for key in (image_key, label_key)}
-        self._image_key, self._label_key = image_key, label_key
-        self._has_names = "name" in builder.info.features
-        self._where = f"{builder.data_dir}, {split}"
+        features = dict(builder.info.features)
+        # The example's other features are not even parsed, and these two are decoded by the rules that hold for files.
+        named = {"name": features["name"]} if isinstance(features.get("name"), tfds.features.Text) else {}
+        keys = {"image": image_key, "label": label_key}
+        self._features = tfds.features.FeaturesDict({key: features[key] for key in keys.values()} | named)
+        self._keys, self._where = keys, f"{builder.data_dir}, {split}"
         self._offset, self._table = offset, _shift_table(offset, ignored)
-        # What is not decoded costs nothing; what is needed is decoded here, by the rules that hold for files.
-        skip = dict.fromkeys(builder.info.features, tfds.decode.SkipDecoding())
-        self._records = builder.as_data_source(split, decoders=skip)
+        try:
+            self._records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        except ValueError as error:
+            reason = (str(error).splitlines() or [repr(error)])[-1]
+            raise ValueError(f"{builder.data_dir}: split {split!r} cannot be read: {reason}") from error
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -67,40 +71,47 @@ class RecordSource:
           IndexError: `index` is not in [-len, len).
           ValueError: the image or the label cannot be read, or has impossible values.
         """
-        index = range(len(self))[index]
-        record, where = self._records[index], self.where(index)[0]
-        image = record[self._image_key]
+        record, where = self._parse(index)
+        image = record[self._keys["image"]]
         if isinstance(image, bytes):
             image = read_image(io.BytesIO(image), where)
         else:
-            image = np.asarray(self._features[self._image_key].decode_example_np(image))
-        name = record["name"].decode() if self._has_names else str(index)
-        return {"image": image, "label": self._decode_label(record[self._label_key], where), "name": name}
+            image = np.asarray(self._features[self._keys["image"]].decode_example_np(image))
+        name = record["name"].decode() if "name" in record else str(index)
+        return {"image": image, "label": self._decode_label(record, where), "name": name}
 
     def label(self, index: int) -> np.ndarray:
         """Decodes one label alone: (H, W) uint8."""
-        return self._decode_label(self._records[range(len(self))[index]][self._label_key], self.where(index)[0])
+        return self._decode_label(*self._parse(index))
 
     def label_sizes(self) -> np.ndarray:
         """(N, 2) int64: the height and width of each label in pixels."""
         sizes = np.empty((len(self), 2), np.int64)
         for index in range(len(self)):
-            label = self._records[index][self._label_key]
+            record, where = self._parse(index)
+            label = record[self._keys["label"]]
             if isinstance(label, bytes):
-                sizes[index] = label_size(io.BytesIO(label), self.where(index)[0])
+                sizes[index] = label_size(io.BytesIO(label), where)
             else:
-                sizes[index] = self._decode_label(label, self.where(index)[0]).shape
+                sizes[index] = self._decode_label(record, where).shape
         return sizes
 
     def where(self, index: int) -> tuple[str, str]:
         """What messages call an example's image and its label."""
         return (f"{self._where}[{index}]",) * 2
 
-    def _decode_label(self, label: bytes | object, where: str) -> np.ndarray:
+    def _parse(self, index: int) -> tuple[dict, str]:
+        """The encoded features of an example, and what messages call it."""
+        index = range(len(self))[index]
+        skip = dict.fromkeys(self._features, tfds.decode.SkipDecoding())
+        return self._features.deserialize_example_np(self._records[index], decoders=skip), self.where(index)[0]
+
+    def _decode_label(self, record: dict, where: str) -> np.ndarray:
+        label = record[self._keys["label"]]
         if isinstance(label, bytes):
             values = read_label(io.BytesIO(label), where)
         else:
-            values = np.asarray(self._features[self._label_key].decode_example_np(label))
+            values = np.asarray(self._features[self._keys["label"]].decode_example_np(label))
             if values.ndim == 3 and values.shape[-1] == 1:
                 values = values[..., 0]
             outside = (values < 0) | (values > 255)
