@@ -133,21 +133,37 @@ def find_data(options: DataOptions, splits: Sequence[str] = SPLITS) -> Found:
       ValueError: something is missing or does not fit; the message is one line for the user. The function too.
       OSError: a file or folder cannot be read. The function too.
     """
-    check_options(options)
-    kind, rest = split_dataset(options.dataset)
-    return _FINDERS[kind](options, rest, splits)
-
-
-def _find_folder(options: DataOptions, rest: str, splits: Sequence[str]) -> Found:
-    from jaxseg.data import folder
-
-    labels, sources = folder.open_folder(pathlib.Path(rest), options.num_classes, splits)
+    labels, open_splits = find_unchecked(options, splits)
+    kind, _ = split_dataset(options.dataset)
+    if kind not in _NAMED:  # what we have prepared ourselves is right
+        return labels, open_splits
 
     def check_splits() -> dict[str, Any]:
-        say_what_is_not_there(folder.check_folder(sources, labels.num_classes), labels)
+        from jaxseg.data.checks import check_sources
+
+        sources = open_splits()
+        say_what_is_not_there(check_sources(sources, labels.num_classes), labels)
         return sources
 
     return labels, check_splits
+
+
+def find_unchecked(options: DataOptions, splits: Sequence[str] = SPLITS, mistakes: list[str] | None = None) -> Found:
+    """As `find_data`, but its function looks at no example.
+
+    Args:
+      options: which data set.
+      splits: those to open.
+      mistakes: takes what is wrong with a folder's files, instead of an error for the first one.
+    """
+    check_options(options)
+    kind, rest = split_dataset(options.dataset)
+    if kind == "folder":
+        from jaxseg.data.folder import open_folder
+
+        labels, sources = open_folder(pathlib.Path(rest), options.num_classes, splits, mistakes)
+        return labels, lambda: dict(sources)
+    return _FINDERS[kind](options, rest, splits)
 
 
 def _find_shapes(options: DataOptions, rest: str, splits: Sequence[str]) -> Found:
@@ -176,20 +192,19 @@ def _find_camvid(options: DataOptions, _: str, splits: Sequence[str]) -> Found:
 
 
 def _find_tfds(options: DataOptions, rest: str, splits: Sequence[str]) -> Found:
-    from jaxseg.data import folder, prepared, records
+    from jaxseg.data import prepared, records
 
     builder = prepared.find_prepared(options.data_dir, rest)
-    keys = {"image_key": options.image_key, "label_key": options.label_key, "offset": options.label_offset}
-    labels = prepared.name_labels(builder, **keys, num_classes=options.num_classes)
+    image, label, offset = options.image_key, options.label_key, options.label_offset
+    labels = prepared.name_labels(builder, image, label, offset, options.num_classes)
     names = _choose(prepared.name_splits(builder, options.splits), splits)
-    keys["ignored"] = options.label_ignore
-    sources = {split: records.RecordSource(builder, name, **keys) for split, name in names.items()}
-
-    def check_splits() -> dict[str, Any]:
-        say_what_is_not_there(folder.check_folder(sources, labels.num_classes), labels)
-        return sources
-
-    return labels, check_splits
+    sources = {
+        split: records.RecordSource(
+            builder, name, image_key=image, label_key=label, offset=offset, ignored=options.label_ignore
+        )
+        for split, name in names.items()
+    }
+    return labels, lambda: dict(sources)
 
 
 def _choose(sources: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
@@ -202,7 +217,6 @@ def _choose(sources: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]
 
 _FINDERS = {
     "shapes": _find_shapes,
-    "folder": _find_folder,
     "voc9": _find_voc9,
     "camvid": _find_camvid,
     "tfds": _find_tfds,

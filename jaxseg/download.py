@@ -106,7 +106,8 @@ def _go_on(path: Path) -> str:
 
 def _digest_in(name: str) -> str:
     """The digest that a file's name ends in."""
-    return f"sha256:{re.search(r'-([0-9a-f]{8,})[.][a-z]+$', name)[1]}"
+    (digits,) = re.findall(r"-([0-9a-f]{8,})\.\w+$", name)
+    return f"sha256:{digits}"
 
 
 def _download(url: str, path: Path, timeout: float, digest: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg.data import folder
+from jaxseg.data import checks, folder
 from jaxseg.data.labels import default_colours
 
 
@@ -41,7 +41,7 @@ def test_open_folder_reads_what_was_written(root):
     (root / "train/img/notes.txt").write_text("no image")
     (root / "train/img/._a.jpg").write_text("hidden")
     labels, sources = folder.open_folder(root, num_classes=4)
-    folder.check_folder(sources, 4, progress=False)
+    checks.check_sources(sources, 4, progress=False)
     assert labels.names == ("class 0", "class 1", "class 2", "class 3") and labels.colours == default_colours(4)
     assert list(sources) == ["train", "val", "test"]
     source = sources["train"]
@@ -183,7 +183,7 @@ MISTAKES = {
 
 def open_and_check(root: pathlib.Path, num_classes: int | None = 4) -> None:
     labels, sources = folder.open_folder(root, num_classes)
-    folder.check_folder(sources, labels.num_classes)
+    checks.check_sources(sources, labels.num_classes)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -176,7 +176,7 @@ def test_what_is_prepared_as_tfrecord_is_answered_with_the_command_that_converts
     (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
     said = refusal(options(tmp_path))
     assert "is prepared as tfrecord, which cannot be read without TensorFlow" in said
-    assert f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record" in said
+    assert f"convert_format --dataset_version_dir={folder} --out_file_format=array_record" in said
     info |= {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
     (folder / "dataset_info.json").write_text(json.dumps(info))  # as the command leaves it
     assert len(find_data(options(tmp_path))[1]()["train"]) == 7
@@ -186,7 +186,9 @@ def test_no_module_is_imported_because_a_file_names_it(data_dir, tmp_path):
     folder = copy_of(data_dir, tmp_path)
     content = (folder / "features.json").read_text()
     (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
-    (folder / "features.json").write_text(content.replace("tensorflow_datasets.core.features.bbox", "evil.bbox", 1))
+    evil = content.replace("tensorflow_datasets.core.features.class_label_feature", "evil")
+    assert evil != content
+    (folder / "features.json").write_text(evil)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         assert "which is not of TFDS" in refusal(options(tmp_path))

@@ -54,7 +54,7 @@ def tar_files(path: pathlib.Path, prefix: str) -> Files:
         if name not in members:
             raise UnreadableFileError(f"{path}, {name}: no such file in the archive")
         with lock:
-            return archive.extractfile(members[name]).read()
+            return _read_member(archive, members[name])
 
     return Files(path, frozenset(members), read)
 
@@ -79,7 +79,12 @@ def stream_tar(path: pathlib.Path, prefix: str) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(path, "r|*") as archive:
         for member in archive:
             if member.isfile() and member.name.startswith(prefix):
-                yield member.name.removeprefix(prefix), archive.extractfile(member).read()
+                yield member.name.removeprefix(prefix), _read_member(archive, member)
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return b"" if file is None else file.read()  # None for what is no file, which is not asked for
 
 
 def fingerprint(root: pathlib.Path, folders: tuple[str, ...]) -> str:

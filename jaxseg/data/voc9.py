@@ -129,12 +129,12 @@ def to_nine(label: np.ndarray, name: str) -> np.ndarray:
 def _config_name(sources: Sources) -> str:
     """Says what the data is made from: archives, which are verified, or folders in a certain state."""
     parts = []
-    for archive, path, folders in (
-        ("voc2012", sources.voc, (_LISTS, _IMAGES, _LABELS)),
-        ("sbd", sources.extra, ("",)),
-    ):
-        whole = path is None or path.name in (VOC_ARCHIVE, SBD_ARCHIVE)
-        parts.append(archive if whole else f"{path.name}-{fingerprint(path, folders)}")
+    named = (("voc2012", sources.voc, (_LISTS, _IMAGES, _LABELS)), ("sbd", sources.extra, ("",)))
+    for archive, path, folders in named:
+        if path is None or path.name in (VOC_ARCHIVE, SBD_ARCHIVE):
+            parts.append(archive)
+        else:
+            parts.append(f"{path.name}-{fingerprint(path, folders)}")
     return "_".join(parts)
 
 
@@ -221,7 +221,7 @@ def _list_extra(extra: pathlib.Path) -> Iterator[tuple[str, Callable[[], bytes]]
     """The names of SBD's annotations, or of the files that stand in for them, with what gives their contents."""
     if not extra.is_dir():
         for name, content in stream_tar(extra, "benchmark_RELEASE/dataset/cls/"):
-            yield name, lambda content=content: content
+            yield name, functools.partial(bytes, content)
         return
     files = folder_files(extra, ("",))
     for name in sorted(files.names):
