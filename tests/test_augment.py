@@ -95,7 +95,8 @@ def test_labels_are_never_blended_and_their_type_stays():
             moved = random_rotate(jax.random.key(seed), image, label.astype(dtype) + offset, 180.0)[1]
             assert moved.dtype == dtype
             assert set(np.unique(moved)) <= {offset, 100 + offset, 200 + offset, 255}
-    assert set(np.unique(rotate(image, label, 45.0, ignore_label=77)[1])) == {0, 77, 100, 200}
+    for rotated in (rotate(image, label, 45.0, 77), random_rotate(jax.random.key(0), image, label, 180.0, 77)):
+        assert set(np.unique(rotated[1])) == {0, 77, 100, 200}
 
 
 def test_image_and_label_are_revealed_together():

@@ -1,4 +1,4 @@
-"""A run that is stopped ends where it would have ended: here one with dropout, and with features kept in stage 1."""
+"""A run that is stopped ends where it would have ended."""
 
 import itertools
 import json
@@ -54,7 +54,18 @@ def rows(workdir):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in small_run.rows(workdir)]
 
 
-def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path, monkeypatch):
+def ends_alike(stopped, whole, updates):
+    """Both runs have the same rows, results, figures and, after so many updates, the same state to the bit."""
+    assert rows(stopped) == rows(whole)
+    assert (stopped / "results.json").read_text() == (whole / "results.json").read_text()
+    state, other = last_state(stopped), last_state(whole)
+    assert int(state.step) == updates
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+    figures = {path.name for path in (stopped / "figures").iterdir()}
+    assert figures == {path.name for path in (whole / "figures").iterdir()}
+
+
+def test_a_run_that_keeps_features_and_drops_is_killed_and_ends_bit_equal(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "ResNet", small_run.SmallEncoder)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert small_run.main(arguments(folder, whole)) == 0
@@ -70,8 +81,9 @@ def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path, monkeypatch):
 
     # With a checkpoint after each update, or only where it is asked for.
     often, seldom = arguments(folder, stopped, "--save-minutes", "1e-9"), arguments(folder, stopped)
-    code, said = stop_when(seldom, lambda: (stopped / "metrics.csv").exists(), signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM and f"--workdir {stopped} goes on" in said
+    asked = random.choice([signal.SIGINT, signal.SIGTERM])
+    code, said = stop_when(seldom, lambda: (stopped / "metrics.csv").exists(), asked)
+    assert code == 128 + asked and f"--workdir {stopped} goes on" in said
     # It was computing features, or made one update more.
     assert numbers() == [1] and len(rows(stopped)) <= 1
     # In the first stage, between the stages while a checkpoint is written, and in the second stage.
@@ -90,13 +102,19 @@ def test_a_run_that_was_killed_ends_bit_equal(folder, tmp_path, monkeypatch):
     assert small_run.main(seldom) == 0
     assert damaged.with_name(f"damaged-{damaged.name}").is_dir()
 
-    assert rows(stopped) == rows(whole)
-    assert (stopped / "results.json").read_text() == (whole / "results.json").read_text()
-    state, other = last_state(stopped), last_state(whole)
-    assert int(state.step) == 8
-    jax.tree.map(np.testing.assert_array_equal, state, other)
-    figures = {path.name for path in (stopped / "figures").iterdir()}
-    assert figures == {path.name for path in (whole / "figures").iterdir()}
+    ends_alike(stopped, whole, updates=8)
+
+
+def test_one_that_rotates_and_drops_is_killed_and_ends_bit_equal(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "ResNet", small_run.SmallEncoder)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ["--max-degrees", "30", "--epochs", "1", "2"]
+    assert small_run.main([*arguments(folder, whole), *options]) == 0
+    options += ["--save-minutes", "1e-9"]
+    code, _ = stop_when([*arguments(folder, stopped), *options], lambda: len(rows(stopped)) > 6, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert small_run.main([*arguments(folder, stopped), *options]) == 0
+    ends_alike(stopped, whole, updates=6)
 
 
 def test_a_loss_that_is_not_finite_is_explained_and_what_was_saved_before_is_kept(
