@@ -49,7 +49,8 @@ def work_together(settings: Settings, work: Callable[[Processes, Settings], int 
     Returns:
       The exit code.
     """
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    # What Orbax's threads cannot write they show with tracebacks; it is raised again where it can be told in a line.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     keep_compiled_programs()
     try:
         processes = start(settings)

@@ -20,6 +20,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jaxseg.files import sync
 
 BEST, LAST = "best", "last"
+# A folder among the checkpoints: one that is no longer kept is moved into it first, so that no half of it is ever seen.
+_DELETED = "deleted"
+# Bytes that a checkpoint takes besides its numbers: some thirty small files.
+_BESIDES = 2**20
 
 
 def open_checkpoints(directory: pathlib.Path) -> ocp.CheckpointManager:
@@ -33,6 +37,7 @@ def open_checkpoints(directory: pathlib.Path) -> ocp.CheckpointManager:
       OSError: it cannot be made, or not be written to.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / _DELETED, ignore_errors=True)
     for path in [path for path in directory.iterdir() if path.name.isdecimal()]:
         try:
             _read_score(path)
@@ -46,6 +51,7 @@ def open_checkpoints(directory: pathlib.Path) -> ocp.CheckpointManager:
         best_fn=_mean_iou,
         preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best]),
         cleanup_tmp_directories=True,
+        todelete_subdir=_DELETED,
         create=False,
         multiprocessing_options=_alone(),
     )
@@ -79,7 +85,7 @@ def save(manager: ocp.CheckpointManager, state: Any, mean_iou: float | None, met
         meta=ocp.args.JsonSave({**meta, "checksums": checksums}),
     )
     wait(manager)
-    _check_space(manager.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(host)))
+    _check_space(manager.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(host)) + _BESIDES)
     number = max(manager.all_steps(), default=0) + 1
     try:
         manager.save(number, args=items, metrics=None if mean_iou is None else {"mean_iou": mean_iou})
@@ -95,13 +101,15 @@ def wait(manager: ocp.CheckpointManager) -> None:
     _finish(manager)
     if manager.latest_step() is None:
         return
-    path = pathlib.Path(manager.directory) / str(manager.latest_step())
+    directory = pathlib.Path(manager.directory)
+    path = directory / str(manager.latest_step())
     try:
         # Orbax itself makes sure of the numbers only.
-        for each in (*path.rglob("*"), path, path.parent):
+        for each in (*path.rglob("*"), path, directory):
             sync(each)
     except OSError as error:
         raise _unwritable(manager, error) from error
+    shutil.rmtree(directory / _DELETED, ignore_errors=True)
 
 
 def restore_model(manager: ocp.CheckpointManager, which: str | int, template: Any) -> tuple[Any, dict[str, Any]]:

@@ -1,19 +1,25 @@
 """What a run writes down while it trains: metrics.csv and TensorBoard events."""
 
+import contextlib
 import csv
 import io
 import itertools
 import os
 import pathlib
+import socket
 import sys
+import time
 import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 # Where PyTorch is installed tensorboardX imports it, which takes seconds, and what is written here needs none of it:
 # a module of None cannot be imported.
 _hidden = "torch" not in sys.modules and sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]
-from tensorboardX import SummaryWriter  # noqa: E402
+from tensorboardX.proto import event_pb2, summary_pb2  # noqa: E402
+from tensorboardX.record_writer import RecordWriter  # noqa: E402
 
 from jaxseg.files import replacing  # noqa: E402
 
@@ -59,24 +65,26 @@ class MetricsLog:
         self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
         self._line = io.StringIO()
         self._rows = csv.DictWriter(self._line, columns, restval="")
-        # TensorBoard is told to forget what an earlier process wrote after this step.
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1)
+        self._events = _Events(workdir / "events", step + 1)
 
     def __enter__(self) -> "MetricsLog":
         """Opens nothing more: the files are open since the start."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Closes the files, on an error too."""
-        self._file.close()
-        self._events.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Closes the files; of an error that is under way already, theirs may be but a consequence."""
+        with contextlib.ExitStack() as stack:
+            if kind:
+                stack.enter_context(contextlib.suppress(OSError))
+            stack.callback(self._events.close)
+            with _named(self._path):
+                self._file.close()
 
     def step(self, stage: int, epoch: int, step: int, loss: float, learning_rate: float) -> None:
         """Writes one update: its stage and epoch from 1, its global number, its loss in nats."""
         row = {"loss": loss, "learning_rate": learning_rate}
         self._write({"kind": "step", "stage": stage, "epoch": epoch, "step": step, **row})
-        self._events.add_scalar("train/loss", loss, step)
-        self._events.add_scalar("train/learning_rate", learning_rate, step)
+        self._events.write(step, {"train/loss": loss, "train/learning_rate": learning_rate})
 
     def epoch(
         self, stage: int, epoch: int, step: int, loss: float, mean_iou: float, iou: np.ndarray, seconds: float
@@ -85,16 +93,13 @@ class MetricsLog:
         row = {"loss": loss, "mean_iou": mean_iou, "seconds": round(seconds, 3)}
         row |= {f"iou_{index}": value for index, value in enumerate(iou.tolist()) if np.isfinite(value)}
         self._write({"kind": "epoch", "stage": stage, "epoch": epoch, "step": step, **row})
-        self._events.add_scalar("validation/mean_iou", mean_iou, step)
-        self._events.add_scalar("train/epoch_loss", loss, step)
+        self._events.write(step, {"validation/mean_iou": mean_iou, "train/epoch_loss": loss})
 
     def flush(self) -> None:
         """Returns when all rows are on the disk; called before each checkpoint, which counts on them."""
-        try:
+        with _named(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(self._path)) from error
         self._events.flush()
 
     def _write(self, row: dict[str, object]) -> None:
@@ -102,8 +107,54 @@ class MetricsLog:
         line = self._line.getvalue()
         self._line.seek(0)
         self._line.truncate()
-        self._file.write(line)
+        with _named(self._path):
+            self._file.write(line)
         self.rows, self.checksum = self.rows + 1, zlib.crc32(line.encode(), self.checksum)
+
+
+class _Events:
+    """A new file of TensorBoard's, in a folder that is made.
+
+    tensorboardX's own writer hands events to a thread, and waits for ever where that has met a full disk.
+
+    Args:
+      folder: where.
+      first: TensorBoard is told to forget what earlier files say of this step and those after it.
+    """
+
+    def __init__(self, folder: pathlib.Path, first: int):
+        folder.mkdir(exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        with _named(self._path):
+            self._file = RecordWriter(str(self._path.absolute()))
+            self._write(file_version="brain.Event:2")
+            self._write(step=first, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes numbers under their names."""
+        values = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        with _named(self._path):
+            self._write(step=step, summary=summary_pb2.Summary(value=values))
+
+    def flush(self) -> None:
+        with _named(self._path):
+            self._file.flush()
+
+    def close(self) -> None:
+        with _named(self._path):
+            self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        self._file.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+
+
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """Of an OSError within it says which file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
 
 
 def _first_lines(path: pathlib.Path, number: int) -> list[str]:

@@ -57,6 +57,24 @@ def test_best_and_the_last_two_are_kept_and_nothing_else(manager):
     assert len(folders) == 3
 
 
+def test_a_checkpoint_that_is_no_longer_kept_goes_at_once_or_not_at_all(manager, monkeypatch):
+    """A process that is killed while one is deleted leaves no half of it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        for step in (1, 2, 3):
+            save(manager, step, 0.1 * step)
+        checkpoint.wait(manager)
+    names = {path.name for path in manager.directory.iterdir()}
+    assert names == {"2", "3", "deleted"}
+    whole, moved = ({path.name for path in (manager.directory / name).iterdir()} for name in ("3", "deleted/1"))
+    assert moved == whole
+    with checkpoint.open_checkpoints(pathlib.Path(manager.directory)) as again:
+        assert {path.name for path in again.directory.iterdir()} == {"2", "3"}
+    save(manager, 4, 0.4)
+    checkpoint.wait(manager)
+    assert {path.name for path in manager.directory.iterdir()} == {"3", "4"}
+
+
 def test_a_checkpoint_without_a_score_is_the_last_but_never_the_best(manager):
     for step, mean_iou in [(10, None), (20, 0.5), (25, None), (30, 0.3), (35, None)]:
         save(manager, step, mean_iou)
@@ -249,3 +267,29 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_the_next_is_begun(manager, mo
         save(manager, step, 0.5)
     checkpoint.wait(manager)
     assert is_on_the_disk(2)
+
+
+@pytest.mark.parametrize("where", ["save", "wait_until_finished"])
+def test_what_orbax_says_of_a_checkpoint_that_it_cannot_write_is_one_line(manager, monkeypatch, where):
+    save(manager, 1, 0.5)
+    checkpoint.wait(manager)
+
+    def fail(*_, **__):
+        raise ValueError("no space left\nand a hundred lines more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(manager), where, fail)
+        with pytest.raises(OSError, match=r"cannot be written to .*checkpoints \(no space left\)$"):
+            save(manager, 2, 0.6)
+    assert restored_step(manager, checkpoint.LAST) == 1
+
+
+def test_a_damaged_checkpoint_that_cannot_be_renamed_is_named(manager, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    save(manager, 1, 0.5)
+    checkpoint.wait(manager)
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    with pytest.raises(OSError, match=r"^why; it cannot be renamed to damaged-1 either \(Permission denied\)$"):
+        checkpoint.set_aside(manager, 1, "why")

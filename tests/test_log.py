@@ -1,6 +1,7 @@
 """What is written while training can be read back."""
 
 import csv
+import resource
 import struct
 import subprocess
 import sys
@@ -10,6 +11,14 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxseg.log import MetricsLog, read_metrics
+
+
+@pytest.fixture
+def small_files():
+    """A function that says how many bytes a file may have from now on, which the operating system sees to."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def write_a_run(workdir):
@@ -103,18 +112,42 @@ def test_flushed_rows_are_on_the_disk(tmp_path):
         assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize(("number", "named"), [(40, "metrics.csv"), (2000, "events.out.tfevents.")])
+def test_a_disk_that_is_full_is_an_error_that_names_the_file(tmp_path, small_files, number, named):
+    """And neither waits for ever nor hides behind what closing the files says."""
+    with (
+        pytest.raises(OSError, match=r"cannot be written \(File too large\)") as caught,
+        MetricsLog(tmp_path, 3) as log,
+    ):
+        small_files(1000)
+        for step in range(number):
+            log.step(1, 1, step, 2.5, 1e-3)
+        log.flush()
+    assert named in caught.value.filename
+
+
+def test_what_cannot_be_written_is_known_at_the_end_at_the_latest(tmp_path, small_files):
+    with pytest.raises(OSError, match=r"cannot be written \(File too large\)"), MetricsLog(tmp_path, 3) as log:
+        small_files(1000)
+        for step in range(40):
+            log.step(1, 1, step, 2.5, 1e-3)
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     write_a_run(tmp_path)
     (path,) = (tmp_path / "events").iterdir()
-    data, offset, scalars = path.read_bytes(), 0, []
+    data, offset, scalars, forgets = path.read_bytes(), 0, [], []
     while offset < len(data):
         # A record: its length (8 bytes), the length's checksum (4), the event, the event's checksum (4).
         (length,) = struct.unpack_from("<Q", data, offset)
         event = event_pb2.Event.FromString(data[offset + 12 : offset + 12 + length])
         scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        forgets += [event.step] if event.session_log.status == event_pb2.SessionLog.START else []
         offset += length + 16
     assert ("train/loss", 2, 1.5) in scalars
     assert ("validation/mean_iou", 2, 0.25) in scalars
+    # What earlier files of the same run say of these steps is void.
+    assert forgets == [1]
 
 
 def test_the_events_do_not_import_pytorch():
