@@ -55,9 +55,9 @@ PARTS = (
     Part("baseline", "baseline", None, batch_norm=False, rotation=False, dropout=NONE),
     Part("batch-norm", "+ batch norm", "baseline", rotation=False, dropout=NONE),
     Part("rotation", "+ rotation", "batch-norm", dropout=NONE),
-    Part("dropout", "+ dropout in stage 2 (improved)", "rotation"),
-    Part("dropout-from-the-beginning", "improved, dropout in both", "dropout", dropout=(True, True)),
-    Part("no-frozen-stage", "improved, no frozen stage", "dropout", frozen_stage=False),
+    Part("dropout", "+ dropout in stage 2", "rotation"),
+    Part("dropout-from-the-beginning", "dropout in both stages", "dropout", dropout=(True, True)),
+    Part("no-frozen-stage", "no frozen stage", "dropout", frozen_stage=False),
 )
 VARIES = ("max_degrees", "dropout", "epochs")
 
@@ -209,7 +209,11 @@ def describe(settings: Settings, summary: list[dict[str, Any]]) -> str:
         f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}",
     ]
     spread = "; ± is the deviation over the seeds" if len(seeds) > 1 else ""
-    return f"{'; '.join(parts)}.\nMean IoU of the best epoch by validation{spread}."
+    improved = next(part.title for part in PARTS if part.name == "dropout")
+    return (
+        f"{'; '.join(parts)}.\nMean IoU of the best epoch by validation{spread}. With '{improved}' it is the improved"
+        " model; the variants after it differ from it."
+    )
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def run_variants(processes: Processes, series: Series) -> int | None:
     """
     find = _find_once(series.settings)
     if series.settings.summary:
-        for variant in {variant.make_decoder: variant for variant in series.variants}.values():
+        for variant in {variant.make_decoder: variant for variant in reversed(series.variants)}.values():
             print(f"{variant.title}:")
             run_once(processes, series.settings_of(variant), variant.make_decoder, find)
         return None

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -210,6 +212,20 @@ def test_learning_rates_that_diverge_are_a_result_and_the_data_is_looked_at_once
     monkeypatch.setattr(series, "run_once", lambda *_: pytest.fail("a run is made twice"))
     assert end_to_end.main(argv) == 0
     assert capsys.readouterr().out.count("is over") == 2
+
+
+def test_help_comes_without_jax():
+    code = """if True:
+        import sys
+        from experiments import ablation, compare, end_to_end
+        for experiment, option in ((ablation, "seeds"), (compare, "RUN_B"), (end_to_end, "learning-rates")):
+            try: experiment.main(["--help"])
+            except SystemExit: print(option, "jax" in sys.modules)
+    """
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for option in ("seeds", "RUN_B", "learning-rates"):
+        assert f"{option} False" in out and out.count(option) >= 2
+    assert "shapes: --image-size" in out and "about half a gigabyte" in " ".join(out.split())
 
 
 def test_a_table_can_be_read_as_it_is():
