@@ -1,11 +1,13 @@
 """From the name of a data set, as every command takes it, to its examples."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.datasets import KINDS, DataOptions, find_data, short_name
-from experiments.settings import RECIPES
+from experiments.datasets import KINDS, DataOptions, find_data, options_of, same_data, short_name
+from experiments.settings import RECIPES, Options, complete, to_json
 from jaxseg.data import shapes
 from jaxseg.data.labels import CAMVID, VOC9
 from tests.peers import small_voc
@@ -68,6 +70,16 @@ def test_voc9_and_camvid_are_made_from_the_manual_folder(tmp_path):
     assert labels is CAMVID and {name: len(source) for name, source in open_splits().items()} == {"train": 1, "val": 1}
     with pytest.raises(ValueError, match="the data set has no test split, only train, val"):
         find_data(options, ("test",))[1]()
+
+
+def test_a_runs_data_is_found_again_by_its_settings(folder, monkeypatch):
+    options = DataOptions(f"folder:{folder}", 2, folder / "elsewhere")
+    settings = Options(**vars(options), weights="none", workdir=folder)
+    assert options_of(json.loads(json.dumps(to_json(complete(settings, "baseline"))))) == options
+    monkeypatch.chdir(folder.parent)
+    again = DataOptions(f"folder:{folder.name}/", 2)
+    assert again != options and same_data(again) == same_data(options)
+    assert same_data(DataOptions("shapes")) != same_data(DataOptions("shapes:small"))
 
 
 def test_options_that_do_not_fit_are_refused_before_any_file_is_looked_at(tmp_path):
