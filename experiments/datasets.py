@@ -142,7 +142,8 @@ def find_data(options: DataOptions, splits: Sequence[str] = SPLITS) -> Found:
         from jaxseg.data.checks import check_sources
 
         sources = open_splits()
-        say_what_is_not_there(check_sources(sources, labels.num_classes), labels)
+        if warning := find_absent(check_sources(sources, labels.num_classes), labels):
+            print(f"warning: {warning}", file=sys.stderr)
         return sources
 
     return labels, check_splits
@@ -223,8 +224,8 @@ _FINDERS = {
 }
 
 
-def say_what_is_not_there(values: Mapping[str, "np.ndarray"], labels: "Labels") -> None:
-    """Warns of classes that no training label shows; values: for each split the (256,) bool of its labels' values.
+def find_absent(values: Mapping[str, "np.ndarray"], labels: "Labels") -> str | None:
+    """Says which classes no training label shows; values: for each split the (256,) bool of its labels' values.
 
     Raises:
       ValueError: the labels of training or validation are ignored altogether.
@@ -232,12 +233,9 @@ def say_what_is_not_there(values: Mapping[str, "np.ndarray"], labels: "Labels") 
     for split in ("train", "val"):
         if split in values and not values[split][: labels.num_classes].any():
             raise ValueError(f"every pixel of the {split} labels is 255, which is ignored: save classes as 0, 1, ...")
-    if "train" not in values:
-        return
-    there = values["train"].nonzero()[0].tolist()
+    there = values["train"].nonzero()[0].tolist() if "train" in values else range(labels.num_classes)
     missing = [name for k, name in enumerate(labels.names) if k not in there]
-    if missing:
-        hint = ""
-        if there == [0, 255]:
-            hint = "; its labels hold only 0 and 255, which is ignored: save a mask's 255 as 1"
-        print(f"warning: no label of the training split shows {', '.join(missing)}{hint}", file=sys.stderr)
+    if not missing:
+        return None
+    only = "; its labels hold only 0 and 255, which is ignored: save a mask's 255 as 1" if there == [0, 255] else ""
+    return f"no label of the training split shows {', '.join(missing)}{only}"

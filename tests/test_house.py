@@ -28,11 +28,13 @@ ALLOWED = {
     "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "enlarge", "losses", "metrics")},
     "jaxseg.plots.__init__": {
         f"jaxseg.plots.{name}"
-        for name in ("architecture", "comparison", "confusion", "curves", "filtering", "page", "pictures", "variants")
-    },
+        for name in ("architecture", "comparison", "confusion", "contact", "curves", "filtering", "page")
+    }
+    | {"jaxseg.plots.pictures", "jaxseg.plots.variants"},
     "jaxseg.plots.architecture": {"jaxseg.plots.page"},
     "jaxseg.plots.comparison": {"jaxseg.plots.page"},
     "jaxseg.plots.confusion": {"jaxseg.plots.page"},
+    "jaxseg.plots.contact": {"jaxseg.plots.page", "jaxseg.plots.pictures"},
     "jaxseg.plots.curves": {"jaxseg.plots.page"},
     "jaxseg.plots.filtering": {"jaxseg.plots.page"},
     "jaxseg.plots.pictures": {"jaxseg.plots.page"},

@@ -380,7 +380,7 @@ def test_pictures_take_each_class_from_its_own_place(scale):
     label = np.array([[1, 2, 3], [3, 255, 1]]).repeat(20, 0).repeat(20, 1)
     example = plots.Example(np.zeros((40, 60, 3), np.uint8), label, (label % 5 + 1) % 4)
     row = plots.Row(example.image, (example.label, example.prediction), "")
-    photo, drawn, predicted = pictures._pictures(row, ("label", "prediction"), np.array(COLOURS), scale)
+    photo, drawn, predicted = pictures.scaled_pictures(row, ("label", "prediction"), np.array(COLOURS), scale)
     height, width = photo.shape[:2]
     assert photo.shape == drawn.shape == predicted.shape and 3 * height == 2 * width
     assert scale <= height / 40 < max(2 * scale, scale + 1)

@@ -3,6 +3,7 @@
 from jaxseg.plots.architecture import plot_architecture
 from jaxseg.plots.comparison import plot_class_bars
 from jaxseg.plots.confusion import plot_confusion
+from jaxseg.plots.contact import plot_contact_sheet
 from jaxseg.plots.curves import Curve, StageHistory, plot_losses, plot_mean_ious, plot_training
 from jaxseg.plots.filtering import (
     Panel,
@@ -33,6 +34,7 @@ __all__ = [
     "plot_architecture",
     "plot_class_bars",
     "plot_confusion",
+    "plot_contact_sheet",
     "plot_filtered",
     "plot_losses",
     "plot_mean_ious",

@@ -182,7 +182,7 @@ def _plot_page(
     column = (PAGE_WIDTH - 2 * margin - (len(headings) - 1) * gap) / len(headings)
     scales = [min(column / row.image.shape[1], MAX_ROW_HEIGHT / row.image.shape[0]) for row in rows]
     captions = [wrap(row.caption, PAGE_WIDTH - 2 * margin, SMALL_SIZE) for row in rows]
-    entries, legend_lines = _legend(rows, names, colours, PAGE_WIDTH - 2 * margin)
+    entries, legend_lines = set_legend(rows, names, colours, PAGE_WIDTH - 2 * margin)
     body = sum(scale * row.image.shape[0] + 0.18 for scale, row in zip(scales, rows, strict=True))
     page = new_page(PAGE_WIDTH, 0.32 + body + line * sum(map(len, captions)) + 0.2 * legend_lines + 0.1)
     for index, heading in enumerate(headings):
@@ -191,7 +191,7 @@ def _plot_page(
     top = 0.32
     for row, scale, caption in zip(rows, scales, captions, strict=True):
         height, width = scale * row.image.shape[0], scale * row.image.shape[1]
-        for index, picture in enumerate(_pictures(row, headings[1:], colours, scale * DPI)):
+        for index, picture in enumerate(scaled_pictures(row, headings[1:], colours, scale * DPI)):
             left = margin + index * (column + gap) + (column - width) / 2
             page.imshow(picture, extent=(left, left + width, top + height, top), aspect="auto", interpolation="hanning")
         top += height + 0.06
@@ -199,11 +199,11 @@ def _plot_page(
             write(page, margin, top, text, SMALL_SIZE, va="top")
             top += line
         top += 0.12
-    _draw_legend(page, entries, margin, top + 0.06)
+    draw_legend(page, entries, margin, top + 0.06)
     save(page.figure, path)
 
 
-def _pictures(row: Row, headings: Sequence[str], colours: np.ndarray, scale: float) -> list[np.ndarray]:
+def scaled_pictures(row: Row, headings: Sequence[str], colours: np.ndarray, scale: float) -> list[np.ndarray]:
     """The photograph and its overlays, at one to two times the printed size, so that contours print equally thin.
 
     Args:
@@ -242,7 +242,7 @@ def _caption(example: Example, names: Sequence[str]) -> str:
     return " · ".join([*parts, "predicted: " + ", ".join(found)])
 
 
-def _legend(
+def set_legend(
     rows: Sequence[Row], names: Sequence[str], colours: np.ndarray, width: float
 ) -> tuple[list[tuple[float, int, str, np.ndarray]], int]:
     """Sets the classes on the page, and void where a label has it, in lines of at most that many inches.
@@ -265,8 +265,8 @@ def _legend(
     return entries, line + 1
 
 
-def _draw_legend(page: matplotlib.axes.Axes, entries: list, left: float, top: float) -> None:
-    """Draws what `_legend` has set."""
+def draw_legend(page: matplotlib.axes.Axes, entries: list, left: float, top: float) -> None:
+    """Draws what `set_legend` has set."""
     for offset, row, name, colour in entries:
         middle = top + 0.2 * row + 0.06
         box = {"facecolor": colour, "edgecolor": MUTED, "linewidth": 0.5}
