@@ -1,7 +1,6 @@
 """Compares two runs image by image: IoU per class, and the images on which one is better than the other by most."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,9 @@ import tyro
 
 from experiments.datasets import find_data, options_of, same_data, short_name
 from experiments.memory import keep_freed_memory
+from experiments.trained import classify_source
 from experiments.workdir import check_folder
-from jaxseg.files import replacing
+from jaxseg.files import replacing, write_json
 
 # Images that are classified together.
 _BATCH = 8
@@ -137,8 +137,7 @@ def compare(opened: Opened, number: int) -> None:
     with replacing(opened.output / "comparison.md") as new:
         new.write_text(table)
     figures = draw(opened, totals, scores, names, number)
-    with replacing(opened.output / "comparison.json") as new:
-        new.write_text(json.dumps(describe(opened, totals, scores, names, figures), indent=2) + "\n")
+    write_json(opened.output / "comparison.json", describe(opened, totals, scores, names, figures))
     for letter, more in (("B", scores[1] > scores[0]), ("A", scores[0] > scores[1])):
         print(f"{letter} has the higher mean IoU on {more.sum()} of {len(names)} images")
     print(f"everything is in {opened.output}: {', '.join(['comparison.md', 'comparison.json', *figures])}")
@@ -152,13 +151,15 @@ def classify(opened: Opened) -> tuple[Any, list[str]]:
     """
     import numpy as np
 
+    from jaxseg import metrics
+
     models, source = opened.models, opened.source
     number = models[0].labels.num_classes
     confusions = np.zeros((2, len(source), number, number), np.int64)
     names = [""] * len(source)
     for place, model in enumerate(models):
         for index, item, prediction in predict(model, source, range(len(source)), opened.titles[place]):
-            confusions[place, index] = count(item["label"], prediction, number)
+            confusions[place, index] = metrics.confusion_on_host(item["label"], prediction, number)
             names[index] = item["name"]
     return confusions, names
 
@@ -169,31 +170,10 @@ def predict(model: Any, source: Any, indices: Sequence[int], title: str) -> Iter
     from tqdm import tqdm
 
     from jaxseg.classify import make_classify
-    from jaxseg.manner import plan_canvases, prepare
 
-    manner = model.manner
-    canvases = plan_canvases(source.label_sizes(), manner)
-    under_way: dict[int, dict[str, Any]] = {}
-
-    def show() -> Iterator[Any]:
-        for index in indices:
-            under_way[index] = source[index]
-            yield index, prepare(under_way[index]["image"], manner, canvases)
-
-    classify = make_classify(model.model, model.variables, manner, jax.local_devices(), _BATCH)
-    for index, prediction in tqdm(classify(show()), title, len(indices), unit="img", leave=False, disable=None):
-        yield index, under_way.pop(index), prediction
-
-
-def count(label: Any, prediction: Any, num_classes: int) -> Any:
-    """The confusion matrix (C, C) int64 of one image of any size, on the host; as `jaxseg.metrics.confusion_matrix`."""
-    import numpy as np
-
-    from jaxseg.data.labels import IGNORE_LABEL
-
-    valid = label != IGNORE_LABEL
-    cells = label[valid].astype(np.int64) * num_classes + prediction[valid]
-    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+    classify = make_classify(model.model, model.variables, model.manner, jax.local_devices(), _BATCH)
+    found = classify_source(classify, model.manner, source, indices)
+    yield from tqdm(found, title, len(indices), unit="img", leave=False, disable=None)
 
 
 def score_images(confusions: Any) -> Any:

@@ -1,12 +1,12 @@
 """What comes out of a run: tables, results.json, figures."""
 
+import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from experiments.prepare import Run, count_classes
 from jaxseg import metrics, summary, train
 from jaxseg.data import loader
 from jaxseg.data.labels import Labels
-from jaxseg.files import replacing
+from jaxseg.files import write_json
 from jaxseg.log import read_metrics
 
 NUM_PICTURES = 12
@@ -87,29 +87,38 @@ def write_results(
       boundary_ious: (C,) of each split for which it was computed, written as IoU is.
     """
 
+    results: dict[str, dict[str, Any]] = {"checkpoint": checkpoint_of}
+    for split, confusion in confusions.items():
+        results[split] = describe_scores(confusion, labels, boundary_ious.get(split))
+    write_json(workdir / "results.json", results)
+
+
+def describe_scores(confusion: np.ndarray, labels: Labels, boundary_iou: np.ndarray | None = None) -> dict[str, Any]:
+    """The scores of a split as results.json has them; arguments as `print_table`'s."""
+
     def by_name(iou: np.ndarray) -> dict[str, float | None]:
         return {
             name: None if np.isnan(value) else value for name, value in zip(labels.names, iou.tolist(), strict=True)
         }
 
-    results: dict[str, dict[str, Any]] = {"checkpoint": checkpoint_of}
-    for split, confusion in confusions.items():
-        results[split] = {
-            "mean_iou": metrics.mean_iou(confusion),
-            "iou": by_name(metrics.iou_per_class(confusion)),
-        }
-        if split in boundary_ious:
-            results[split]["mean_boundary_iou"] = metrics.mean_over_classes(boundary_ious[split])
-            results[split]["boundary_iou"] = by_name(boundary_ious[split])
-        results[split]["confusion"] = confusion.tolist()
-    with replacing(workdir / "results.json") as new:
-        new.write_text(json.dumps(results, indent=2) + "\n")
+    scores = {"mean_iou": metrics.mean_iou(confusion), "iou": by_name(metrics.iou_per_class(confusion))}
+    if boundary_iou is not None:
+        scores["mean_boundary_iou"] = metrics.mean_over_classes(boundary_iou)
+        scores["boundary_iou"] = by_name(boundary_iou)
+    return {**scores, "confusion": confusion.tolist()}
 
 
 def draw(run: Run, variables: Any, confusion: np.ndarray, title: str) -> None:
     """Draws the figures of a run below `workdir/figures`; the title says what the confusion matrix is of."""
-    with warnings.catch_warnings(record=True) as caught:
+    with missing_letters_once():
         _draw(run, variables, confusion, title)
+
+
+@contextlib.contextmanager
+def missing_letters_once() -> Iterator[None]:
+    """Within it figures are drawn; of all letters that their font lacks it warns in one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
     # Matplotlib warns of every letter, in two lines.
     missing = [warning for warning in caught if "missing from font" in str(warning.message)]
     if missing:

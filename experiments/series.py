@@ -33,7 +33,7 @@ from experiments.run import check_equal, run_once, work_together
 from experiments.settings import Settings, differences, to_json
 from experiments.stages import DivergedError
 from experiments.workdir import check_folder, check_workdir
-from jaxseg.files import replacing
+from jaxseg.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def run_variants(processes: Processes, series: Series) -> int | None:
         except DivergedError as error:
             print(f"diverged: {error}")
             if processes.first:
-                _write_json(settings.workdir / "diverged.json", {"step": error.step, "message": str(error)})
+                write_json(settings.workdir / "diverged.json", {"step": error.step, "message": str(error)})
             stopped = None
         if stopped is not None:
             return stopped
@@ -215,7 +215,7 @@ def write_record(series: Series, more: dict[str, Any] | None = None) -> None:
     over = {row["run"] for row in rows}
     unfinished = [variant.folder for variant in series.variants if variant.folder not in over]
     record = {"experiment": series.experiment, "settings": shared_settings(series), "rows": rows}
-    _write_json(series.record, {**record, "unfinished": unfinished, **(more or {})})
+    write_json(series.record, {**record, "unfinished": unfinished, **(more or {})})
 
 
 def shared_settings(series: Series) -> dict[str, Any]:
@@ -247,8 +247,3 @@ def _read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise Mistake(f"{path} is damaged ({error}): remove it, or put it back") from error
-
-
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    with replacing(path) as new:
-        new.write_text(json.dumps(content, indent=2) + "\n")

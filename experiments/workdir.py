@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments.settings import differences
-from jaxseg.files import replacing
+from jaxseg.files import write_json
 
 
 def check_folder(workdir: pathlib.Path, option: str = "--workdir") -> None:
@@ -65,8 +65,7 @@ def claim_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> Iterator[None]
     # Once more: the data is known only now, and another run may have taken the folder meanwhile.
     check_workdir(workdir, meta)
     if not config.exists():
-        with replacing(config) as new:
-            new.write_text(json.dumps(meta, indent=2) + "\n")
+        write_json(config, meta)
     with open(config) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,11 @@
 """Files that are whole or not there, whatever happens while they are written, and by one process at a time."""
 
 import contextlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 try:
     import fcntl
@@ -35,6 +37,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that people can read, too; raises OSError as `replacing` does."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def sync(path: pathlib.Path) -> None:

@@ -28,7 +28,7 @@ class Manner:
     image_size: Size | None
     flip: bool = False
     scales: tuple[float, ...] = (1.0,)
-    tile: int = 1024
+    tile: int = 2048
     overlap: int | None = None
 
     @property

@@ -30,6 +30,15 @@ def confusion_matrix(
     return counts[:-1].reshape(num_classes, num_classes).astype(jnp.int32)
 
 
+def confusion_on_host(
+    label: np.ndarray, prediction: np.ndarray, num_classes: int, ignore_label: int = 255
+) -> np.ndarray:
+    """As `confusion_matrix`, in NumPy: for one image after the other, whatever their sizes; (C, C) int64."""
+    valid = label != ignore_label
+    cell = label[valid].astype(np.int64) * num_classes + prediction[valid]
+    return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
 def iou_per_class(confusion: np.ndarray) -> np.ndarray:
     """Intersection over union of each class: TP / (TP + FP + FN).
 

@@ -106,15 +106,6 @@ def test_the_images_are_those_with_the_largest_differences_each_way(number):
                 assert left.max() <= (sign * gains[chosen]).min()
 
 
-def test_counts_are_those_of_the_evaluation():
-    rng = np.random.default_rng(0)
-    label = rng.choice([0, 1, 2, 3, 255], (37, 23)).astype(np.uint8)
-    prediction = rng.integers(0, 4, (37, 23)).astype(np.uint8)
-    np.testing.assert_array_equal(
-        compare.count(label, prediction, 4), metrics.confusion_matrix(label, prediction.astype(np.int32), 4)
-    )
-
-
 def test_what_cannot_be_compared_is_said_in_one_line(tmp_path, folder, runs, capsys, monkeypatch):
     runs["elsewhere"] = make_trained(50.0, f"folder:{tmp_path}")
     runs["renamed"] = make_trained(50.0, f"folder:{folder}", ("low", "higher"))

@@ -9,38 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseg import checkpoint, inference, train
+from jaxseg import inference
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.inference import load_run, segment
 from jaxseg.segmenter import Segmenter
+from tests.peers.saved_run import WIDTHS, save_run
 from tests.peers.small_run import SmallEncoder
-
-WIDTHS = (8, 8, 4, 4, 4)
-META = {
-    "settings": {"encoder": "resnet18", "image_size": [32, 64], "dataset": "shapes"},
-    "names": ["sky", "road", "car"],
-    "colours": [[0, 0, 0], [1, 2, 3], [255, 255, 255]],
-    "stage_name": "stage 2: everything",
-}
 
 
 @pytest.fixture(autouse=True)
 def small_encoder(monkeypatch):
     """One strided convolution in the ResNet's place."""
     monkeypatch.setattr(inference, "ResNet", SmallEncoder)
-
-
-def save_run(workdir, decoder, scores=(0.5, 0.25), **meta):
-    """Makes a run of one checkpoint for each score, each with other parameters; returns their variables."""
-    model, saved = Segmenter(SmallEncoder("resnet18"), decoder), []
-    init = jax.jit(model.init)
-    with checkpoint.open_checkpoints(workdir / "checkpoints") as manager:
-        for epoch, score in enumerate(scores, 1):
-            saved.append(init(jax.random.key(epoch), jnp.zeros((1, 32, 32, 3), jnp.uint8)))
-            state = train.TrainState(jnp.array(epoch), saved[-1]["params"], saved[-1].get("batch_stats", {}), {})
-            checkpoint.save(manager, state, score, {**META, "epoch": epoch, **meta})
-        checkpoint.wait(manager)
-    return saved
 
 
 def equal(one, other):

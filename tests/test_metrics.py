@@ -28,6 +28,15 @@ def test_confusion_and_iou_equal_scikit_learn(seed):
     np.testing.assert_allclose(metrics.mean_iou(counted), expected.mean(), rtol=1e-12)
 
 
+def test_the_host_counts_what_the_device_does():
+    rng = np.random.default_rng(0)
+    label = rng.choice([0, 1, 2, 3, 255], (37, 23)).astype(np.uint8)
+    prediction = rng.integers(0, 4, (37, 23)).astype(np.uint8)
+    counts = metrics.confusion_on_host(label, prediction, 4)
+    assert counts.dtype == np.int64
+    np.testing.assert_array_equal(counts, metrics.confusion_matrix(label, prediction, 4))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_iou_is_intersection_over_union_of_the_pixels(seed):
     """As an evaluation script has it: for each class, the pixels that both have over those that either has."""

@@ -15,9 +15,9 @@ from jaxseg.data.images import label_size, read_image, read_label
 from jaxseg.data.labels import Colour, Labels, name_classes, read_classes
 
 _LAYOUT = "{train,val,test}/{img,seg}"
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png")
 # Pictures in other formats would otherwise be passed over in silence.
-_OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".jp2", ".npy", ".ppm", ".pgm")
+OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".jp2", ".npy", ".ppm", ".pgm")
 
 
 class FolderSource:
@@ -149,7 +149,7 @@ def _open_split(root: pathlib.Path, split: str, colours: Sequence[Colour], mista
     stems = [
         stem
         for stem in sorted(images.keys() & labels.keys())
-        if images[stem].suffix.lower() in _SUFFIXES and labels[stem].suffix.lower() == ".png"
+        if images[stem].suffix.lower() in SUFFIXES and labels[stem].suffix.lower() == ".png"
     ]
     if not stems:
         if not images:
@@ -163,9 +163,9 @@ def _find_files(folder: pathlib.Path, mistakes: list[str]) -> dict[str, pathlib.
     files: dict[str, pathlib.Path] = {}
     for path in sorted(folder.iterdir()):
         suffix = path.suffix.lower()
-        if path.name.startswith(".") or suffix not in _SUFFIXES + _OTHER_SUFFIXES:
+        if path.name.startswith(".") or suffix not in SUFFIXES + OTHER_SUFFIXES:
             continue
-        if suffix in _OTHER_SUFFIXES:
+        if suffix in OTHER_SUFFIXES:
             mistakes.append(f"{path}: neither JPEG nor PNG; convert it")
         elif path.stem in files:
             mistakes.append(f"{path}: has the same stem as {files[path.stem].name}; rename or remove one of them")

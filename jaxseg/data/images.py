@@ -31,6 +31,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 # Deflate makes of a byte at most so many: a short file whose header promises more is not whole, but may take gigabytes.
 _MOST_INFLATED = 1032
 # Of a pixel in a PNG, by the name that Pillow gives to how it is stored.
@@ -65,6 +66,16 @@ def read_image(file: File, name: str | None = None) -> np.ndarray:
         # Pillow does not say what a damaged file may raise: it has been IndexError and AssertionError, too.
         except Exception as error:
             raise _unreadable(where, error) from error
+
+
+def image_size(file: File, name: str | None = None) -> tuple[int, int]:
+    """The height and width in pixels that an image has upright, from its header alone.
+
+    Of a PNG, whose EXIF data may come last, it is the size as it is stored. Arguments and errors as `read_image`'s.
+    """
+    with _open(file, str(name or file), ("JPEG", "PNG")) as image:
+        turned = image.format == "JPEG" and _turn(image) in _SIDEWAYS
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_label(file: File, name: str | None = None, colours: Sequence[Colour] = ()) -> np.ndarray:

@@ -14,7 +14,16 @@ from jaxseg.plots.filtering import (
     signed_picture,
 )
 from jaxseg.plots.page import DPI, LUMA
-from jaxseg.plots.pictures import VOID_COLOUR, Example, Row, choose_examples, overlay, plot_results, plot_rows
+from jaxseg.plots.pictures import (
+    VOID_COLOUR,
+    Example,
+    Row,
+    choose_examples,
+    overlay,
+    plot_overlay,
+    plot_results,
+    plot_rows,
+)
 from jaxseg.plots.variants import Variant, plot_variants
 
 __all__ = [
@@ -38,6 +47,7 @@ __all__ = [
     "plot_filtered",
     "plot_losses",
     "plot_mean_ious",
+    "plot_overlay",
     "plot_results",
     "plot_rows",
     "plot_training",

@@ -38,7 +38,7 @@ class Example(NamedTuple):
     Attributes:
       image: (H, W, 3) uint8.
       label: (H, W) integer; anything outside [0, C) is void.
-      prediction: (H, W) integer in [0, C).
+      prediction: (H, W) integer from 0 up; C and above is void.
       name: for the caption, such as the file's stem; may be empty.
       mean_iou: of this image alone, for the caption; may be left out.
     """
@@ -106,6 +106,35 @@ def plot_rows(
         paths.append(path.with_name(f"{path.stem}_{number}{path.suffix}"))
         _plot_page([rows[place] for place in places], headings, names, np.asarray(colours), paths[-1])
     return paths
+
+
+def plot_overlay(
+    image: np.ndarray, classes: np.ndarray, names: Sequence[str], colours: ArrayLike, path: pathlib.Path
+) -> None:
+    """Draws a photograph as wide as the page, with the classes laid over it, and a legend of them.
+
+    Args:
+      image: (H, W, 3) uint8.
+      classes: (H, W) integer.
+      names: the C class names, in label order.
+      colours: (C, 3) uint8 RGB.
+      path: the PNG file to write.
+
+    Raises:
+      ValueError: `classes` has not the image's size.
+    """
+    margin, row = 0.12, Row(image, (classes,), "")
+    room, colours = PAGE_WIDTH - 2 * margin, np.asarray(colours)
+    scale = min(room / image.shape[1], PAGE_WIDTH / image.shape[0])
+    height, width = scale * image.shape[0], scale * image.shape[1]
+    entries, lines = set_legend([row], names, colours, room)
+    page = new_page(PAGE_WIDTH, height + 2 * margin + 0.2 * lines + 0.04)
+    left = (PAGE_WIDTH - width) / 2
+    picture = scaled_pictures(row, ["class map"], colours, scale * DPI)[-1]
+    extent = (left, left + width, margin + height, margin)
+    page.imshow(picture, extent=extent, aspect="auto", interpolation="hanning")
+    draw_legend(page, entries, margin, margin + height + 0.1)
+    save(page.figure, path)
 
 
 def overlay(image: np.ndarray, label: np.ndarray, colours: np.ndarray, alpha: float = 0.7) -> np.ndarray:
@@ -232,7 +261,7 @@ def scaled_pictures(row: Row, headings: Sequence[str], colours: np.ndarray, scal
 
 def _caption(example: Example, names: Sequence[str]) -> str:
     """The image's name and IoU where there are any, and the classes predicted, the largest first."""
-    counts = np.bincount(np.ravel(example.prediction), minlength=len(names))
+    counts = np.bincount(np.ravel(example.prediction), minlength=len(names))[: len(names)]
     # A name that wraps in its middle reads like two names: no-break spaces.
     found = [
         shorten(names[index]).replace(" ", "\u00a0") for index in np.argsort(-counts, kind="stable") if counts[index]
