@@ -149,7 +149,7 @@ MISTAKES = {
     "no number": ({"num_classes": None}, "does not say how many classes 'segmentation_mask' has; give --num-classes"),
     "other number": ({"label_key": "named"}, "'named' has 2 classes with --label-offset -1, but --num-classes is 3"),
     "no val": ({"splits": None}, "no split validation or val, only train, test; name what to use with --splits"),
-    "no split": ({"splits": ("train", "dev")}, "split 'dev' cannot be read: Unknown split 'dev'. Should be one of"),
+    "no split": ({"splits": ("train", "dev")}, "split 'dev' cannot be read (Unknown split 'dev'. Should be one of"),
     "empty": ({"splits": ("train", "test[:0]")}, "split 'test[:0]' cannot be read"),
     "no offset": ({"label_offset": 0}, "train[:70%][0]: has the value 3, outside 0..2"),
     "offset": ({"label_offset": -2}, "its label has the value 1, which --label-offset -2 makes -1"),
@@ -180,6 +180,31 @@ def test_what_is_prepared_as_tfrecord_is_answered_with_the_command_that_converts
     info |= {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
     (folder / "dataset_info.json").write_text(json.dumps(info))  # as the command leaves it
     assert len(find_data(options(tmp_path))[1]()["train"]) == 7
+
+
+def flip(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    for place in np.random.default_rng(0).integers(0, len(content) // 2, 2000):
+        content[place] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut": ("pets-train.array_record-00000-of-00001", lambda path: path.write_bytes(path.read_bytes()[:5000])),
+    "missing": ("pets-train.array_record-00000-of-00001", pathlib.Path.unlink),
+    "flipped": ("pets-train.array_record-00000-of-00001", flip),
+    "no features": ("features.json", pathlib.Path.unlink),
+    "other features": ("features.json", lambda path: path.write_text("{}")),
+    "information": ("dataset_info.json", lambda path: path.write_text("{")),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_data_set_is_named(data_dir, tmp_path, case):
+    name, damage = DAMAGES[case]
+    folder = copy_of(data_dir, tmp_path)
+    damage(folder / name)
+    assert str(folder) in refusal(options(tmp_path))
 
 
 def test_no_module_is_imported_because_a_file_names_it(data_dir, tmp_path):

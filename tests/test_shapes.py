@@ -234,6 +234,15 @@ def test_of_two_preparations_at_once_one_renders_and_both_get_the_data(tmp_path,
             assert_complete(sources)
 
 
+def test_what_is_prepared_and_damaged_is_named(tmp_path):
+    tiny = shapes.ShapesConfig(counts=(1, 1, 1), height=32, width=32)
+    shapes.open_shapes(tmp_path, tiny)
+    (info,) = tmp_path.rglob("dataset_info.json")
+    info.write_text("{")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: what is prepared there is damaged .*; remove it$"):
+        shapes.open_shapes(tmp_path, tiny)
+
+
 def test_preparing_is_quiet_without_a_terminal(tmp_path):
     # In its own interpreter, because pytest takes the log away.
     code = "from jaxseg.data.shapes import *; open_shapes('data', ShapesConfig(counts=(1, 1, 1), height=32, width=32))"

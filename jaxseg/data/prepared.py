@@ -26,7 +26,11 @@ def find_prepared(data_dir: pathlib.Path, name: str) -> tfds.core.DatasetBuilder
     """
     folder = _find_version(data_dir.expanduser(), name)
     _check_features(folder)
-    builder = tfds.builder_from_directory(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # protobuf has errors of its own
+        reason = (str(error).splitlines() or [repr(error)])[-1]
+        raise ValueError(f"{folder}: is damaged ({reason}); prepare the data set again") from error
     formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
     if "array_record" not in formats:
         raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from jaxseg.data.images import label_size, read_image, read_label
+from jaxseg.data.images import UnreadableFileError, label_size, read_image, read_label
 from jaxseg.data.labels import IGNORE_LABEL
 from jaxseg.files import locked
 
@@ -53,9 +53,8 @@ class RecordSource:
         self._offset, self._table = offset, _shift_table(offset, ignored)
         try:
             self._records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        except ValueError as error:
-            reason = (str(error).splitlines() or [repr(error)])[-1]
-            raise ValueError(f"{builder.data_dir}: split {split!r} cannot be read: {reason}") from error
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{builder.data_dir}: split {split!r} cannot be read ({_reason(error)})") from error
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -103,8 +102,12 @@ class RecordSource:
     def _parse(self, index: int) -> tuple[dict, str]:
         """The encoded features of an example, and what messages call it."""
         index = range(len(self))[index]
-        skip = dict.fromkeys(self._features, tfds.decode.SkipDecoding())
-        return self._features.deserialize_example_np(self._records[index], decoders=skip), self.where(index)[0]
+        where, skip = self.where(index)[0], dict.fromkeys(self._features, tfds.decode.SkipDecoding())
+        try:
+            return self._features.deserialize_example_np(self._records[index], decoders=skip), where
+        # The libraries do not say what a damaged file may raise: it has been RuntimeError and protobuf's DecodeError.
+        except Exception as error:
+            raise UnreadableFileError(f"{where}: cannot be read ({_reason(error)}); prepare the data again") from error
 
     def _decode_label(self, record: dict, where: str) -> np.ndarray:
         label = record[self._keys["label"]]
@@ -125,6 +128,10 @@ class RecordSource:
                 f" {int(value) + self._offset}: give another offset, or --label-ignore 255 {value}"
             )
         return shifted.astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[-1]
 
 
 def _shift_table(offset: int, ignored: Sequence[int]) -> np.ndarray:
@@ -148,18 +155,27 @@ def prepare(
     if data_dir.exists() and not data_dir.is_dir():
         raise NotADirectoryError(f"{data_dir} is a file: give a folder for the data")
     with _quiet():
-        builder = make_builder()
+        builder = _make(make_builder, data_dir)
         if builder.is_prepared():
             return builder, False
     data_dir.mkdir(parents=True, exist_ok=True)
     with locked(data_dir / f"{builder.name}.lock"), _quiet():
-        builder = make_builder()  # which looks again
+        builder = _make(make_builder, data_dir)  # which looks again
         if builder.is_prepared():
             return builder, False
         for left in pathlib.Path(builder.data_dir).parent.glob("incomplete.*"):
             shutil.rmtree(left, ignore_errors=True)
         builder.download_and_prepare()
     return builder, True
+
+
+def _make(make_builder: Callable[[], tfds.core.DatasetBuilder], data_dir: pathlib.Path) -> tfds.core.DatasetBuilder:
+    try:
+        return make_builder()
+    except OSError:
+        raise
+    except Exception as error:  # it reads what is there, and protobuf has errors of its own
+        raise ValueError(f"{data_dir}: what is prepared there is damaged ({_reason(error)}); remove it") from error
 
 
 @contextlib.contextmanager
