@@ -99,14 +99,14 @@ def test_the_improved_model_is_the_same_on_one_two_and_four_devices(improved_var
         return train.make_evaluate(IMPROVED, NUM_CLASSES, devices)(variables, batches)
 
     one, one_losses = take_steps(improved_variables, freeze, DEVICES[:1], **options)
-    confusion = count(one, DEVICES[:1])
+    confusion = None if freeze else count(one, DEVICES[:1])
     for number in (2, 4):
         other, losses = take_steps(improved_variables, freeze, DEVICES[:number], **options)
         np.testing.assert_allclose(losses, one_losses, rtol=1e-5)
         close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
         jax.tree.map(close, (other.params, other.batch_stats), (one.params, one.batch_stats))
         # A pixel that is taken for another class changes two cells.
-        assert np.abs(count(other, DEVICES[:number]) - confusion).sum() / 2 <= 1e-5 * confusion.sum()
+        assert freeze or np.abs(count(other, DEVICES[:number]) - confusion).sum() / 2 <= 1e-5 * confusion.sum()
 
 
 def test_the_keys_of_a_batch_differ_by_image_and_by_step():
