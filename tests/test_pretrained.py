@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tracemalloc
@@ -20,7 +22,7 @@ from jaxseg import checkpoint, pretrained
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.misfit import Misfit, encoder_shapes
 from jaxseg.pretrained import convert_resnet, load_encoder, load_model, save_torch, to_torch
-from jaxseg.resnet import ResNet
+from jaxseg.resnet import VARIANTS, ResNet
 from jaxseg.segmenter import Segmenter
 from jaxseg.train import TrainState
 
@@ -213,6 +215,40 @@ def test_only_an_encoder_is_saved(tmp_path, tensors):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_saved_says_that_it_is_pytorchs(tmp_path, tensors):
+    """As transformers and timm ask."""
+    save_torch(convert_resnet(dict(tensors), "resnet18"), tmp_path / "a.safetensors")
+    with safetensors.safe_open(tmp_path / "a.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_every_encoder_has_a_file_of_imagenet_weights():
+    assert pretrained.IMAGENET_FILES.keys() == VARIANTS.keys()
+    for name, file in pretrained.IMAGENET_FILES.items():
+        assert re.fullmatch(rf"{name}-[0-9a-f]{{8}}\.pth", file)
+    assert re.fullmatch(r"https://[a-z.]+/models/", pretrained.IMAGENET_URL)
+
+
+def test_arrays_of_jax_become_numpys():
+    saved = to_torch({"params": {"decoder": {"head": {"bias": jnp.ones(2)}}}})
+    assert saved.keys() == {"decoder.head.bias"} and isinstance(saved["decoder.head.bias"], np.ndarray)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "?"])
+def test_numbers_of_every_type_can_be_read_and_are_refused_by_name(tmp_path, tensors, dtype):
+    path = write_safetensors(tmp_path / "a.safetensors", {**tensors, "bn1.weight": np.ones(64, dtype)})
+    message = refusal(load_encoder, "resnet18", path)
+    assert f"not floating 1: bn1.weight is {np.dtype(dtype)}" in message
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as unopenable:  # even by root
+        unopenable.bind("a.safetensors")
+        message = refusal(load_encoder, "resnet18", "a.safetensors")
+    assert message.startswith("a.safetensors: ") and message.endswith("give the path of a readable .safetensors file")
+
+
 def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, tensors, monkeypatch):
     def save_file(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -244,7 +280,13 @@ def test_other_types_are_saved_as_float32_to_the_same_numbers(tmp_path, tensors,
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(0.1, "rounded 1: bn1.bias float64"), (1e300, "beyond float32's range"), (np.nan, "inf or nan"), (-np.inf, "inf")],
+    [
+        (0.1, "nothing written; round them yourself"),
+        (0.1, "rounded 1: bn1.bias float64"),
+        (1e300, "beyond float32's range"),
+        (np.nan, "inf or nan"),
+        (-np.inf, "inf"),
+    ],
 )
 def test_numbers_that_float32_cannot_hold_are_not_saved(tmp_path, tensors, number, words):
     variables = convert_resnet(dict(tensors), "resnet18")
