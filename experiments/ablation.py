@@ -160,15 +160,8 @@ def report(series: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from jaxseg import plots
 
     summary = summarise(rows)
-    splits = {"val": "validation", "test": "test"}
-    splits = {split: title for split, title in splits.items() if any(entry[split] for entry in summary)}
-    titles = {part.name: part.title for part in PARTS}
-    lines = [
-        [entry["title"], titles.get(entry["against"], ""), *(cell for split in splits for cell in _cells(entry, split))]
-        for entry in summary
-    ]
-    header = ["variant", "gain over", *(cell for title in splits.values() for cell in (f"{title} mIoU", "gain"))]
-    table = f"{describe(series.settings, summary)}\n\n{markdown_table(header, lines)}\n"
+    splits = find_splits(summary)
+    table = f"{describe(series.settings, summary)}\n\n{markdown_table(*tabulate(summary))}\n"
     print(f"\n{table}")
     (series.workdir / "figures").mkdir(exist_ok=True)
     with replacing(series.workdir / "ablation.md") as new:
@@ -182,6 +175,23 @@ def report(series: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     plots.plot_variants(variants, title, series.workdir / "figures" / "ablation.png")
     print(f"everything is in {series.workdir}: ablation.md, ablation.json, figures/, a folder for each run")
     return {"summary": summary, "table": "ablation.md", "figures": ["figures/ablation.png"]}
+
+
+def find_splits(summary: list[dict[str, Any]]) -> dict[str, str]:
+    """The splits for which there are scores, and what they are called."""
+    splits = {"val": "validation", "test": "test"}
+    return {split: title for split, title in splits.items() if any(entry[split] for entry in summary)}
+
+
+def tabulate(summary: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of the table: each variant's score and gain."""
+    splits, titles = find_splits(summary), {part.name: part.title for part in PARTS}
+    rows = [
+        [entry["title"], titles.get(entry["against"], ""), *(cell for split in splits for cell in _cells(entry, split))]
+        for entry in summary
+    ]
+    header = ["variant", "gain over", *(cell for title in splits.values() for cell in (f"{title} mIoU", "gain"))]
+    return header, rows
 
 
 def _cells(entry: dict[str, Any], split: str) -> list[str]:

@@ -46,6 +46,7 @@ class Opened:
       titles: what they are called.
       source: the split's images and labels.
       where: the split and its data set, for people.
+      settings: the comparison's, as JSON has them.
       output: the folder to write to.
     """
 
@@ -53,6 +54,7 @@ class Opened:
     titles: tuple[str, str]
     source: Any
     where: str
+    settings: dict[str, Any]
     output: pathlib.Path
 
 
@@ -109,7 +111,9 @@ def open_runs(choice: Choice) -> Opened:
         raise ValueError(f"{options.dataset} has other classes now than the runs: {', '.join(labels.names)}")
     titles = f"A: {_name(runs[0])}", f"B: {_name(runs[1])}"
     source = open_splits()[choice.split]
-    return Opened(models, titles, source, f"{choice.split} split of {short_name(options.dataset)}", output)
+    where = f"{choice.split} split of {short_name(options.dataset)}"
+    settings = {name: str(x) if isinstance(x, pathlib.Path) else x for name, x in vars(choice).items()}
+    return Opened(models, titles, source, where, settings, output)
 
 
 def _name(run: pathlib.Path) -> str:
@@ -265,7 +269,7 @@ def describe(opened: Opened, totals: Any, scores: Any, names: list[str], figures
 
     from jaxseg import metrics
 
-    record: dict[str, Any] = {"of": opened.where}
+    record: dict[str, Any] = {"of": opened.where, "settings": opened.settings}
     for letter, title, model, total, own in zip("AB", opened.titles, opened.models, totals, scores, strict=True):
         iou = metrics.iou_per_class(total).tolist()
         record[letter] = {

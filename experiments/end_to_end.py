@@ -75,14 +75,8 @@ def report(series: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from jaxseg import plots
 
     curves = [read_curve(series.workdir, row) for row in rows]
-    lines = []
-    for row, curve in zip(rows, curves, strict=True):
-        scores = [f"{row[split]['mean_iou']:.4f}" if row[split] else "" for split in ("val", "test")]
-        last = f"{curve.stage.losses[-1]:.4f}" if len(curve.stage.losses) else ""
-        lines.append([row["title"], *scores, last, curve.note])
-    table = markdown_table(["run", "validation mIoU", "test mIoU", "last loss", ""], lines)
     settings = series.settings
-    table = f"{describe(settings)}\n\n{table}\n"
+    table = f"{describe(settings)}\n\n{markdown_table(*tabulate(series.workdir, rows))}\n"
     print(f"\n{table}")
     (series.workdir / "figures").mkdir(exist_ok=True)
     with replacing(series.workdir / "end_to_end.md") as new:
@@ -92,6 +86,17 @@ def report(series: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     plots.plot_mean_ious(curves, f"{model}: validation mIoU", series.workdir / FIGURES[16])
     print(f"everything is in {series.workdir}: end_to_end.md, end_to_end.json, figures/, a folder for each run")
     return {"table": "end_to_end.md", "figures": list(FIGURES.values())}
+
+
+def tabulate(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of the table: each run's scores and how it ended."""
+    lines = []
+    for row in rows:
+        curve = read_curve(workdir, row)
+        scores = [f"{row[split]['mean_iou']:.4f}" if row[split] else "" for split in ("val", "test")]
+        last = f"{curve.stage.losses[-1]:.4f}" if len(curve.stage.losses) else ""
+        lines.append([row["title"], *scores, last, curve.note])
+    return ["run", "validation mIoU", "test mIoU", "last loss", ""], lines
 
 
 def read_curve(workdir: pathlib.Path, row: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """Filters a photograph and draws the report's figures 24 to 26: Gaussian blur, derivatives, gradient magnitude."""
 
 import dataclasses
+import json
 import math
 import pathlib
 import sys
@@ -8,8 +9,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from jaxseg.files import replacing
+
 # The file of each of the report's figures.
 FIGURES = {24: "24_blur.png", 25: "25_derivatives.png", 26: "26_magnitude.png"}
+# What they were made of, and what there is to say of them: {"settings": {option: value, ...}, "image": ..., "texts":
+# {number: ...}}.
+RECORD = "filtering.json"
 # Taps of a kernel: beyond, it would be larger than most photographs.
 MAX_SIZE = 1001
 
@@ -90,8 +96,14 @@ def run(settings: Settings) -> None:
     settings.output.mkdir(parents=True, exist_ok=True)
     draw(filtered, settings.output)
     height, width = filtered.image.shape[:2]
-    print(f"{path}: {width}x{height} pixels (width x height), 0 to 255; border: {settings.border}\n")
-    print(explain(filtered, settings.output))
+    what = f"{path}: {width}x{height} pixels (width x height), 0 to 255; border: {settings.border}"
+    texts = explain(filtered)
+    options = {**dataclasses.asdict(settings), "output": str(settings.output)}
+    options["image"] = None if settings.image is None else str(settings.image)
+    with replacing(settings.output / RECORD) as new:
+        new.write_text(json.dumps({"settings": options, "image": what, "texts": texts}, indent=2) + "\n")
+    told = [f"Figure {number}, {settings.output / FIGURES[number]}\n{text}" for number, text in texts.items()]
+    print("\n\n".join([what, *told]))
 
 
 def _gaussians(settings: Settings) -> list[tuple[int, float]]:
@@ -149,8 +161,8 @@ def draw(filtered: Filtered, output: pathlib.Path) -> None:
     plots.plot_filtered([plots.Panel("without blur", ink, magnitude), *magnitudes], detail, output / FIGURES[26])
 
 
-def explain(filtered: Filtered, output: pathlib.Path) -> str:
-    """Two sentences about each figure, with what was measured on this image."""
+def explain(filtered: Filtered) -> dict[int, str]:
+    """Two sentences about each figure, by its number, with what was measured on this image."""
     import numpy as np
 
     changes = [float(np.abs(one - filtered.image).mean()) for one in filtered.blurred]
@@ -159,7 +171,7 @@ def explain(filtered: Filtered, output: pathlib.Path) -> str:
     half = 100 * (np.searchsorted(strongest, strongest[-1] / 2) + 1) / strongest.size
     means = [float(values.mean()) for values in (filtered.magnitude, *filtered.blurred_magnitudes)]
     after = ", ".join(f"{mean:.1f} ({name})" for mean, name in zip(means[1:], filtered.names, strict=True))
-    texts = {
+    return {
         24: "A Gaussian blur replaces each pixel by the mean of its surroundings, weighted by nearness: detail finer"
         " than about σ pixels goes, larger shapes stay."
         f" On average a value moves by {told} of 255 levels.",
@@ -171,7 +183,6 @@ def explain(filtered: Filtered, output: pathlib.Path) -> str:
         " away, and what remains are the outlines, wider and weaker."
         f" The mean magnitude is {means[0]:.1f} levels per pixel without blur, and then {after}.",
     }
-    return "\n\n".join(f"Figure {number}, {output / FIGURES[number]}\n{text}" for number, text in texts.items())
 
 
 if __name__ == "__main__":

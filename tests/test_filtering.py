@@ -11,7 +11,7 @@ from experiments import filtering
 from experiments.filtering import Settings, apply_filters
 from jaxseg import plots
 
-FILES = set(filtering.FIGURES.values())
+FILES = {*filtering.FIGURES.values(), filtering.RECORD}
 
 
 @pytest.fixture
