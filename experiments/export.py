@@ -14,10 +14,12 @@ class Settings:
     """Settings of an export."""
 
     run: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="RUN")]
-    """The workdir of a run, whose best checkpoint is taken, or one checkpoint in it, such as RUN/checkpoints/7."""
+    """The workdir of a run, which may still be training, or one checkpoint in it, such as RUN/checkpoints/7."""
     output: pathlib.Path
     """The file to write; replaced if it is there. Beside it comes OUTPUT.json: the classes' names and colours, the size
     of the training images, which checkpoint it is."""
+    checkpoint: str = "best"
+    """Which checkpoint: `best` by validation mean IoU, `last`, or its number."""
     format: Literal["stablehlo", "safetensors"] = "stablehlo"
     """`stablehlo`: a program from images (N, H, W, 3) uint8 RGB to class maps (N, H, W), H and W multiples of 32, for
     CPU and CUDA; it needs jax, and neither jaxseg nor flax. `safetensors`: the weights in PyTorch's layout, the
@@ -60,12 +62,16 @@ def run(settings: Settings) -> None:
       OSError: something cannot be read or written.
     """
     # Imported only now: jax takes seconds, and --help must not wait for it.
+    from experiments.run import find_devices
+    from experiments.trained import read_checkpoint
     from jaxseg.export import export_program
     from jaxseg.files import replacing
     from jaxseg.inference import load_run
     from jaxseg.pretrained import save_torch
 
-    trained, output = load_run(settings.run, dtype=settings.dtype), settings.output
+    which, output = read_checkpoint(settings.checkpoint), settings.output
+    find_devices()
+    trained = load_run(settings.run, which, settings.dtype)
     if settings.format == "stablehlo":
         program = export_program(trained.model, trained.variables)
         with replacing(output) as new:

@@ -36,6 +36,15 @@ class ModelOptions:
     """The numbers of the computation; those that the run was trained with if it is not given."""
 
 
+def read_checkpoint(option: str) -> str | int:
+    """What --checkpoint says: 'best', 'last' or a number; raises ValueError for anything else."""
+    if option in ("best", "last"):
+        return option
+    if not option.isdecimal():
+        raise ValueError(f"--checkpoint {option}: use best, last or the number of a checkpoint")
+    return int(option)
+
+
 def open_run(run: pathlib.Path, options: ModelOptions) -> tuple["Trained", "Manner"]:
     """Loads a run, and says how it is to classify.
 
@@ -47,9 +56,7 @@ def open_run(run: pathlib.Path, options: ModelOptions) -> tuple["Trained", "Mann
     from experiments.run import find_devices
     from jaxseg.inference import load_run
 
-    which = int(options.checkpoint) if options.checkpoint.isdecimal() else options.checkpoint
-    if which not in ("best", "last") and not isinstance(which, int):
-        raise ValueError(f"--checkpoint {which}: use best, last or the number of a checkpoint")
+    which = read_checkpoint(options.checkpoint)
     if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch-size must be 1 or more, not {options.batch_size}")
     keep_compiled_programs()

@@ -22,11 +22,10 @@ from jaxseg.layers import Conv, max_pool
 from jaxseg.pretrained import convert_resnet, load_encoder
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
+from tests.peers.saved_run import META, WIDTHS, save_run
 from tests.peers.small_run import SmallEncoder
-from tests.test_inference import META, save_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-WIDTHS = (8, 8, 4, 4, 4)
 # What runs a program where neither this package nor flax can be imported.
 ALONE = "import sys; sys.modules['jaxseg'] = sys.modules['flax'] = sys.modules['experiments'] = None\n"
 
@@ -121,6 +120,9 @@ def test_the_readmes_lines_run_what_the_command_writes(tmp_path, monkeypatch, ca
     assert about["names"] == META["names"] and about["colours"] == META["colours"]
     assert about["image_size"] == [32, 64] and about["decoder"] == "BaselineDecoder"
     assert about["checkpoint"] == {"stage_name": "stage 2: everything", "epoch": 1, "score": 0.5}
+    last = ["--output", str(tmp_path / "last"), "--checkpoint", "last"]
+    assert main([str(tmp_path / "run"), *last]) == 0
+    assert json.loads((tmp_path / "last.json").read_text())["checkpoint"]["epoch"] == 2
     image = images(1, 352, 448)[0]
     Image.fromarray(image).save(tmp_path / "photo.jpg", quality=95)
     code = f"{ALONE}{read_snippet()}\nnp.save('classes.npy', classes)"
@@ -179,6 +181,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, capsys):
             ["--output", f"{file}.safetensors", "--format", "safetensors", "--dtype", "float32"],
             "--dtype is for programs",
         ),
+        (["--output", file, "--checkpoint", "first"], "--checkpoint first: use best, last or the number"),
         (["--output", file], "empty"),
     ]
     for options, message in cases:
