@@ -26,6 +26,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from experiments.datasets import find_data
 from experiments.prepare import FindData, MakeDecoder
 from experiments.processes import Mistake, Processes
@@ -138,18 +140,26 @@ def run_variants(processes: Processes, series: Series) -> int | None:
             print(f"\n{place}: is over; its folder is {settings.workdir}")
             continue
         print(f"\n{place}", "-" * len(place), sep="\n")
-        try:
-            stopped = run_once(processes, settings, variant.make_decoder, find)
-        except DivergedError as error:
-            print(f"diverged: {error}")
-            if processes.first:
-                write_json(settings.workdir / "diverged.json", {"step": error.step, "message": str(error)})
-            stopped = None
+        stopped = _run_to_its_end(processes, settings, variant.make_decoder, find)
+        # The programs of a run take 100 MB and more, and nearly all differ from the next one's; those that do not are
+        # in the cache on the disk.
+        jax.clear_caches()
         if stopped is not None:
             return stopped
         if processes.first:
             write_record(series)
     return None
+
+
+def _run_to_its_end(processes: Processes, settings: Settings, make_decoder: MakeDecoder, find: FindData) -> int | None:
+    """As `run_once`; if the run diverges, that is noted in its folder."""
+    try:
+        return run_once(processes, settings, make_decoder, find)
+    except DivergedError as error:
+        print(f"diverged: {error}")
+        if processes.first:
+            write_json(settings.workdir / "diverged.json", {"step": error.step, "message": str(error)})
+        return None
 
 
 def _find_once(settings: Settings) -> FindData:
