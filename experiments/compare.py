@@ -10,12 +10,9 @@ import tyro
 
 from experiments.datasets import find_data, options_of, same_data, short_name
 from experiments.memory import keep_freed_memory
-from experiments.trained import classify_source
+from experiments.trained import ModelOptions, classify_source, make_classify, open_run, work_until_stopped
 from experiments.workdir import check_folder
 from jaxseg.files import replacing, write_json
-
-# Images that are classified together.
-_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +59,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the comparison with the given arguments, or the command line's; returns the exit code."""
     choice = tyro.cli(Choice, prog="python -m experiments.compare", description=__doc__, args=argv)
     keep_freed_memory(may_restart=argv is None)
-    # Imported only now: jax takes seconds, and --help must not wait for it.
-    from experiments.compiled import keep_compiled_programs
-    from jaxseg.data.images import UnreadableFileError
-
-    keep_compiled_programs()
     try:
-        try:
-            opened = open_runs(choice)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        compare(opened, choice.images)
-    except (UnreadableFileError, OSError) as error:
+        opened = open_runs(choice)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> int:
+        compare(opened, choice.images)
+        return 0
+
+    return work_until_stopped(work)
 
 
 def open_runs(choice: Choice) -> Opened:
@@ -90,14 +79,14 @@ def open_runs(choice: Choice) -> Opened:
       ValueError: a run or its data cannot be loaded, or the two do not belong together; in one line.
       OSError: a file cannot be read.
     """
-    from jaxseg.inference import load_run
-
     if choice.images < 1:
         raise ValueError(f"--images must be above 0, not {choice.images}")
     runs = (choice.run_a, choice.run_b)
     output = choice.output or pathlib.Path("runs") / f"compare-{_name(runs[0])}-{_name(runs[1])}"
     check_folder(output, "--output")
-    models = load_run(runs[0]), load_run(runs[1])
+    if output.is_dir() and any(output.iterdir()) and not (output / "comparison.md").exists():
+        raise ValueError(f"--output {output} is not empty and holds no comparison: name another, or empty it")
+    models = open_run(runs[0], ModelOptions())[0], open_run(runs[1], ModelOptions())[0]
     options, other = (options_of(model.settings) for model in models)
     if same_data(options) != same_data(other):
         raise ValueError(f"{runs[0]} is of {options.dataset}, {runs[1]} of {other.dataset}: name runs on the same data")
@@ -132,6 +121,8 @@ def compare(opened: Opened, number: int) -> None:
     Raises:
       OSError: a file cannot be read or written.
     """
+    from experiments.results import missing_letters_once
+
     confusions, names = classify(opened)
     scores = score_images(confusions)
     totals = confusions.sum(1)
@@ -140,7 +131,8 @@ def compare(opened: Opened, number: int) -> None:
     opened.output.mkdir(parents=True, exist_ok=True)
     with replacing(opened.output / "comparison.md") as new:
         new.write_text(table)
-    figures = draw(opened, totals, scores, names, number)
+    with missing_letters_once():
+        figures = draw(opened, totals, scores, names, number)
     write_json(opened.output / "comparison.json", describe(opened, totals, scores, names, figures))
     for letter, more in (("B", scores[1] > scores[0]), ("A", scores[0] > scores[1])):
         print(f"{letter} has the higher mean IoU on {more.sum()} of {len(names)} images")
@@ -170,12 +162,9 @@ def classify(opened: Opened) -> tuple[Any, list[str]]:
 
 def predict(model: Any, source: Any, indices: Sequence[int], title: str) -> Iterator[tuple[int, dict[str, Any], Any]]:
     """Yields, for those images in some order, the index, the example and the class map (H, W) uint8."""
-    import jax
     from tqdm import tqdm
 
-    from jaxseg.classify import make_classify
-
-    classify = make_classify(model.model, model.variables, model.manner, jax.local_devices(), _BATCH)
+    classify = make_classify(model, model.manner, ModelOptions())
     found = classify_source(classify, model.manner, source, indices)
     yield from tqdm(found, title, len(indices), unit="img", leave=False, disable=None)
 

@@ -27,7 +27,7 @@ class Threshold(nn.Module):
 
 
 def make_trained(level, dataset, names=("low", "high")):
-    settings = {"dataset": dataset, "num_classes": None, "data_dir": "data", "eval_size": "fixed"}
+    settings = {"dataset": dataset, "num_classes": None, "data_dir": "data", "eval_size": "fixed", "batch_size": 4}
     about = {"stage_name": "stage 2: everything", "epoch": 3, "score": 0.5}
     labels = Labels(names, ((0, 0, 0), (255, 0, 0)))
     return inference.Trained(Threshold(level), {}, labels, (32, 32), settings, about)
@@ -56,7 +56,7 @@ def folder(tmp_path):
 def runs(tmp_path, folder, monkeypatch):
     """Two runs on the folder, by their workdirs' names; others may be added."""
     found = {"one": make_trained(50.0, f"folder:{folder}"), "two": make_trained(150.0, f"folder:{folder}/.")}
-    monkeypatch.setattr(inference, "load_run", lambda path: found[path.name])
+    monkeypatch.setattr(inference, "load_run", lambda path, *_: found[path.name])
     return found
 
 
@@ -69,6 +69,9 @@ def test_two_runs_are_compared_image_by_image(tmp_path, folder, runs, capsys):
     argv = [str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(output), "--images", "2"]
     output.mkdir()
     (output / "b_better_9.png").write_text("of an earlier comparison")
+    assert compare.main(argv) == 2
+    assert "is not empty and holds no comparison" in capsys.readouterr().err
+    (output / "comparison.md").write_text("of an earlier comparison")
     assert compare.main(argv) == 0
     record = json.loads((output / "comparison.json").read_text())
     for letter, level in (("A", 50), ("B", 150)):
