@@ -55,6 +55,9 @@ th, td { padding: .25rem .9rem .25rem 0; text-align: right; vertical-align: base
   border-bottom: 1px solid var(--faint) }
 th { font-weight: 600 }
 th:first-child, td:first-child { text-align: left }
+td { white-space: nowrap }
+table.words td { white-space: normal }
+tbody th { min-width: 6.5rem }
 table.words th, table.words td { text-align: left; max-width: 24rem; overflow-wrap: break-word }
 thead th { border-bottom-color: var(--ink); vertical-align: bottom }
 tr.total > * { border-top: 1px solid var(--ink); font-weight: 600 }

@@ -9,7 +9,8 @@ from typing import Any
 from experiments.markup import Html, element, join, picture, table
 from experiments.outcomes import Part, TrainedRun
 
-# The 2019 report's own numbers: images at height and width, in its three splits; validation IoU of its models.
+# The 2019 report's own numbers: images at height and width, in its three splits; IoU of its models, which stands beside
+# that of the validation split here, the one that its curves are of.
 OWN_IMAGES, OWN_SIZE = {"train": 5460, "val": 500, "test": 500}, (352, 448)
 OWN_IOU = {
     "baseline": (0.90244, 0.74702, 0.70119, 0.71168, 0.38764, 0.58934, 0.66698, 0.73553, 0.69780),
