@@ -9,6 +9,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import tyro
@@ -32,12 +33,12 @@ class Settings:
     """Number of classes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The numbers of jaxseg's computation; PyTorch's are given by --torch-forms."""
-    work: tuple[Literal["stage1", "stage1-cached", "stage2", "validation", "inference"], ...] = (
+    work: tuple[Literal["stage1", "stage1-cached", "stage2", "validation", "inference", "loading"], ...] = (
         "stage1", "stage2", "validation", "inference",
     )  # fmt: skip
     """What is measured: training with the encoder frozen, the same on features that were computed before (jaxseg
-    only), training of everything, validation at the images' size, and inference, which ends with the class of each
-    pixel on the device."""
+    only), training of everything, validation at the images' size, inference, which ends with the class of each pixel on
+    the device, and whether loading JPEG and PNG files keeps ahead of the training of either stage."""
     loader: bool = False
     """Read the batches from JPEG files (made for it, in a temporary folder) instead of giving the same one again."""
     against: Literal["nothing", "torch"] = "nothing"
@@ -102,9 +103,24 @@ def measure(settings: Settings) -> dict[str, Any]:
     print(f"{settings.model}, {settings.encoder}, {settings.image_size[0]}x{settings.image_size[1]},", end=" ")
     loads = "loader included" if settings.loader else "loader not included"
     print(f"batch {settings.batch_size}, {settings.dtype}, {loads}")
+    if pieces := [work for work in settings.work if work != "loading"]:
+        _measure_works(pieces, programs, settings, results)
+    if "loading" in settings.work:
+        with _Worker("jaxseg", "loading", settings) as worker:
+            results["loading"] = worker.machine["loading"]
+        print_loading(results["loading"])
+    if settings.breakdown:
+        with _Worker("jaxseg", "breakdown", settings) as worker:
+            results["breakdown"] = worker.machine["breakdown"]
+        print_breakdown(results["breakdown"])
+    return results
+
+
+def _measure_works(works: Sequence[str], programs: list[str], settings: Settings, results: dict[str, Any]) -> None:
+    """Measures pieces of work, printing a table as it grows; the numbers go to `results["work"]`."""
     line = "{:<13} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
     print(line.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "peak", "MiB", "ratio"))
-    for work in settings.work:
+    for work in works:
         rows = _measure_work(work, programs[:1] if work == "stage1-cached" else programs, settings)
         results["work"][work] = rows
         for program, row in rows.items():
@@ -118,11 +134,17 @@ def measure(settings: Settings) -> dict[str, Any]:
     print(
         "ms/step: median (least-most) of the rounds; start: to the end of the first step; ratio: jaxseg's time / this"
     )
-    if settings.breakdown:
-        with _Worker("jaxseg", "breakdown", settings) as worker:
-            results["breakdown"] = worker.machine["breakdown"]
-        print_breakdown(results["breakdown"])
-    return results
+
+
+def print_loading(rows: list[dict[str, Any]]) -> None:
+    """Prints how fast files are read, how fast a step takes what is there, and how fast it is with the reading."""
+    line = "{:<9} {:<6} {:>14} {:>14} {:>7} {:>14} {:>7}"
+    print("\n" + line.format("training", "files", "read images/s", "step images/s", "ratio", "both images/s", "kept"))
+    for row in rows:
+        numbers = [f"{row[name]:.1f}" for name in ("read_images_per_s", "step_images_per_s", "both_images_per_s")]
+        read, step, both = numbers
+        print(line.format(row["work"], row["files"], read, step, f"{row['ratio']:.2f}", both, f"{row['kept']:.0%}"))
+    print("medians of the rounds; ratio: read / step, each alone; kept: of the step's speed, while files are read")
 
 
 def print_breakdown(rows: list[dict[str, Any]]) -> None:
@@ -206,6 +228,11 @@ class _Worker:
 def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
     """A worker's whole life: answers, then rounds until the pipe is closed."""
     keep_freed_memory()
+    if program == "jaxseg" and work == "loading":
+        from experiments.loading import measure_loading
+
+        pipe.send({"loading": measure_loading(_load(settings), settings.rounds, settings.steps)})
+        return
     if program == "jaxseg" and work in ("peak", "breakdown"):
         pipe.send(_describe_machine() if work == "peak" else {"breakdown": _break_down(_load(settings), settings)})
         return

@@ -38,6 +38,7 @@ class Load:
     num_classes: int = 9
     dtype: str = "float32"
     loader: bool = False
+    suffix: str = "jpg"
     dropout: float = 0.2
     max_degrees: float = 30.0
 
@@ -74,7 +75,7 @@ def make_features(load: Load, number: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def open_batches(load: Load, work: str) -> Iterator[Iterator[dict[str, np.ndarray]]]:
-    """Endless batches: always the same, or, with `load.loader`, from JPEG files a quarter larger than the images."""
+    """Endless batches: always the same, or, with `load.loader`, from files a quarter larger than the images."""
     if not load.loader:
         batch = make_batch(load)
         if work == "stage1-cached":
@@ -91,7 +92,8 @@ def open_batches(load: Load, work: str) -> Iterator[Iterator[dict[str, np.ndarra
             # Enlarged noise: it compresses about as a photograph does.
             noise = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
             label = rng.integers(0, load.num_classes, (height // 8, width // 8), dtype=np.uint8)
-            noise.resize((width, height)).save(pathlib.Path(root) / split / "img" / f"{index}.jpg", quality=90)
+            path = pathlib.Path(root) / split / "img" / f"{index}.{load.suffix}"
+            noise.resize((width, height)).save(path, quality=90)
             Image.fromarray(label).resize((width, height), 0).save(pathlib.Path(root) / split / "seg" / f"{index}.png")
         _, splits = folder.open_folder(pathlib.Path(root), load.num_classes)
         sizes: dict[str, Any] = {"image_size": load.image_size, "batch_size": load.batch_size}

@@ -1,11 +1,12 @@
 """The benchmark: what it counts, and that it measures what it says."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
-from experiments import benchmark, works
+from experiments import benchmark, loading, works
 
 
 @pytest.mark.parametrize(("encoder", "published"), [("resnet18", 1.814), ("resnet50", 4.089)])
@@ -41,6 +42,36 @@ def test_it_measures_and_writes_what_it_measured(tmp_path, capsys):
     np.testing.assert_allclose(row["gflops"], row["gflop_per_image"] * row["images_per_s"])
     np.testing.assert_allclose(row["share_of_peak"], row["gflops"] / results["peak_gflops"])
     assert "32x32, batch 4, float32, loader included" in capsys.readouterr().out
+
+
+def test_loading_is_measured_in_turns_with_the_steps(monkeypatch, capsys):
+    """The step is a pause here: as long for every batch, whoever gives it."""
+    taken = []
+
+    def prepare(work, load, batches):
+        def work_on(number):
+            taken.extend((work, next(batches)["label"]) for _ in range(number))
+            time.sleep(0.05 * number)
+
+        return work_on
+
+    monkeypatch.setattr(works, "prepare", prepare)
+    load = works.Load(image_size=(32, 40), batch_size=2, num_classes=3)
+    rows = loading.measure_loading(load, rounds=2, steps=3)
+    assert [(row["work"], row["files"]) for row in rows] == [
+        (work, files) for work in ("stage1", "stage2") for files in ("JPEG", "PNG")
+    ]
+    given = works.make_batch(load)["label"]
+    from_files = [not np.array_equal(labels, given) for work, labels in taken if work == "stage1"]
+    # One to start with; then in each round two and three that are given, and as many from files.
+    assert from_files == [False] + 4 * ([False] * 5 + [True] * 5)
+    for row in rows:
+        assert 4 < row["step_images_per_s"] <= 40 and row["both_images_per_s"] <= 40
+        np.testing.assert_allclose(row["ratio"], row["read_images_per_s"] / row["step_images_per_s"])
+        np.testing.assert_allclose(row["kept"], row["both_images_per_s"] / row["step_images_per_s"])
+    rows[0] |= {"read_images_per_s": 200.0, "step_images_per_s": 40.0, "both_images_per_s": 38.0}
+    benchmark.print_loading([rows[0] | {"ratio": 5.0, "kept": 0.95}])
+    assert capsys.readouterr().out.split("\n")[2].split() == ["stage1", "JPEG", "200.0", "40.0", "5.00", "38.0", "95%"]
 
 
 def test_the_breakdown_has_every_layer_and_sums_them(capsys):
