@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ALLOWED = {
     "jaxseg.augment": {"jaxseg.data.canvases"},
     "jaxseg.resnet": {"jaxseg.layers"},
+    "jaxseg.segmenter": {"jaxseg.layers"},
     "jaxseg.misfit": {"jaxseg.resnet"},
     "jaxseg.pretrained": {f"jaxseg.{name}" for name in ("checkpoint", "download", "misfit", "resnet", "torchfile")},
     "jaxseg.torchfile": {"jaxseg.torchpickle"},

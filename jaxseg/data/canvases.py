@@ -1,9 +1,7 @@
 """Images of mixed sizes on canvases of a few shapes: a program is compiled for each shape, not for each size.
 
-An image lies in the top left corner of its canvas. `Segmenter` pads an image to whole multiples of its stride anyway,
-so that on a canvas of just that size it gives, told the image's size, what it gives for the image alone. On a larger
-canvas it does not, quite: beyond the first convolution padding is no longer zero (batch norm shifts it), and where the
-canvas goes on, what is within the network's sight of the right and the lower edge sees more of it.
+An image lies in the top left corner of its canvas. `Segmenter` is told its size, and hides the rest: what it gives for
+an image does not depend on the canvas, which costs time where it is larger than the image.
 """
 
 import numpy as np
@@ -13,8 +11,8 @@ import numpy as np
 MEAN_COLOUR = (124, 116, 104)
 # Of the encoder: canvases are multiples of it.
 STRIDE = 32
-# Shapes at most. One takes seconds to compile; photographs of one camera or one data set's rule rarely have more.
-MOST = 16
+# Shapes at most: one takes seconds to compile.
+MOST = 8
 # More different sizes than these are rounded up more coarsely before any are joined, which takes their square's time.
 _COMPARED = 512
 
