@@ -29,6 +29,7 @@ _WAITING = 64
 
 # A name of the caller's, and an image.
 Named = tuple[Any, Prepared]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 def make_classify(
@@ -53,19 +54,34 @@ def make_classify(
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """The arguments of `make_classify`, the variables on the devices."""
+    """The arguments of `make_classify`, the variables on the devices.
+
+    Attributes:
+      compiled: for which numbers of images on each device there are programs, by their shapes.
+    """
 
     model: nn.Module
     variables: Any
     manner: Manner
     devices: tuple[jax.Device, ...]
     batch_size: int
+    compiled: dict[Shapes, set[int]] = dataclasses.field(default_factory=dict)
 
-    def number(self, shapes: tuple[tuple[int, ...], ...]) -> int:
+    def most(self, shapes: Shapes) -> int:
         """How many images of these shapes make a batch on each device."""
         area = max((height * width for height, width, _ in shapes), default=1)
         usual = math.prod(self.manner.image_size or (512, 512)) * max(self.manner.scales) ** 2
         return max(1, math.ceil(self.batch_size * min(usual / area, 1) / len(self.devices)))
+
+    def number(self, shapes: Shapes, images: int) -> int:
+        """How many images each device is to take of a batch of so many: what is left of it is filled with copies.
+
+        Where there is a program already it serves; a new one takes a power of two, so that there are few.
+        """
+        needed, compiled = -(-images // len(self.devices)), self.compiled.setdefault(shapes, set())
+        if not any(number >= needed for number in compiled):
+            compiled.add(min(2 ** (needed - 1).bit_length(), self.most(shapes)))
+        return min(number for number in compiled if number >= needed)
 
 
 def _results(network: _Network, images: Iterable[Named], scores: bool) -> Iterator[tuple[Any, np.ndarray]]:
@@ -90,7 +106,7 @@ def _equal_shapes(images: Iterable[Named], network: _Network) -> Iterator[tuple[
     for name, prepared in images:
         shapes = prepared.shapes
         waiting.setdefault(shapes, []).append((name, prepared))
-        if len(waiting[shapes]) < network.number(shapes) * len(network.devices):
+        if len(waiting[shapes]) < network.most(shapes) * len(network.devices):
             if sum(map(len, waiting.values())) < _WAITING:
                 continue
             shapes = max(waiting, key=lambda shapes: len(waiting[shapes]))
@@ -105,8 +121,7 @@ def _unzip(batch: list[Named]) -> tuple[list[Any], list[Prepared]]:
 
 def _start(network: _Network, batch: list[Prepared], scores: bool) -> Callable[[], list[np.ndarray]]:
     """Queues the computation of a batch of equal shapes, full or not; returns what waits for the results."""
-    number, devices = network.number(batch[0].shapes), network.devices
-    # Copies of the last image fill the batch, so that one compilation serves.
+    number, devices = network.number(batch[0].shapes, len(batch)), network.devices
     full = batch + batch[-1:] * (number * len(devices) - len(batch))
 
     def split(arrays: Iterable[Any]) -> np.ndarray:

@@ -22,7 +22,8 @@ class Manner:
       scales: it is shown at each of these multiples of its size.
       tile: at its own size, an image with a side longer than this many pixels, a multiple of 32, is computed in tiles
         of this side.
-      overlap: of tiles, in pixels, a multiple of 32; None for a quarter of the side.
+      overlap: of tiles, in pixels, a multiple of 32; None for 512, but at most half of the side. Of 512 a tile leaves
+        192 to its neighbour, most of what a ResNet-18 sees around a pixel.
     """
 
     image_size: Size | None
@@ -34,7 +35,7 @@ class Manner:
     @property
     def tile_overlap(self) -> int:
         """The overlap of tiles in pixels."""
-        return self.tile // 4 // STRIDE * STRIDE if self.overlap is None else self.overlap
+        return min(512, self.tile // 2 // STRIDE * STRIDE) if self.overlap is None else self.overlap
 
     def in_tiles(self, size: Size) -> bool:
         """Whether an image of this size is computed in tiles."""
@@ -87,15 +88,15 @@ def plan_canvases(sizes: np.ndarray, manner: Manner) -> dict[Size, Size]:
       manner: how they will be classified.
 
     Returns:
-      The canvas of each size that will be shown; see `jaxseg.data.canvases.choose_canvases`. Empty where images are
-      resized: then they all have one shape.
+      The canvas of each size that is not computed in tiles; see `jaxseg.data.canvases.choose_canvases`. Empty where
+      images are resized: then they all have one shape.
     """
     own = [(int(height), int(width)) for height, width in sizes]
-    shown = [size for one in own if not manner.in_tiles(one) for size in manner.shown_sizes(one)]
-    if manner.image_size or not shown:
+    whole = [size for size in own if manner.image_size is None and not manner.in_tiles(size)]
+    if not whole:
         return {}
-    canvases = choose_canvases(np.array(shown))
-    return {size: (int(height), int(width)) for size, (height, width) in zip(shown, canvases, strict=True)}
+    canvases = choose_canvases(np.array(whole))
+    return {size: (int(height), int(width)) for size, (height, width) in zip(whole, canvases, strict=True)}
 
 
 def prepare(image: np.ndarray, manner: Manner, canvases: Mapping[Size, Size] | None = None) -> Prepared:
@@ -104,7 +105,8 @@ def prepare(image: np.ndarray, manner: Manner, canvases: Mapping[Size, Size] | N
     Args:
       image: (H, W, 3) uint8 RGB, any H and W from 1 to 32767.
       manner: how it will be classified.
-      canvases: from `plan_canvases`; for a size that is not in it, the next multiples of 32.
+      canvases: from `plan_canvases`; for a size that is not in it, the next multiples of 32. They are scaled as the
+        images are.
 
     Raises:
       ValueError: the image is of another shape or type.
@@ -116,19 +118,21 @@ def prepare(image: np.ndarray, manner: Manner, canvases: Mapping[Size, Size] | N
     own_size = image.shape[:2]
     if manner.in_tiles(own_size):
         return Prepared((), np.zeros((0, 2), np.int32), own_size, image)
+    canvas = (canvases or {}).get(own_size) or _next_multiples(own_size)
     shown, sizes = [], []
-    for size in manner.shown_sizes(own_size):
+    for size, larger in zip(manner.shown_sizes(own_size), manner.shown_sizes(canvas), strict=True):
         resized = resize_image(image, size)
         for one in (resized, resized[:, ::-1])[: 1 + manner.flip]:
             if manner.image_size is None:
-                height, width = (canvases or {}).get(size) or (
-                    -(-size[0] // STRIDE) * STRIDE,
-                    -(-size[1] // STRIDE) * STRIDE,
-                )
                 # Beyond the image it counts as padding, whatever it is.
-                padded = np.zeros((height, width, 3), np.uint8)
+                padded = np.zeros((*_next_multiples(larger), 3), np.uint8)
                 padded[: size[0], : size[1]] = one
                 one = padded
             shown.append(one)
             sizes.append(size)
     return Prepared(tuple(shown), np.array(sizes, np.int32), own_size)
+
+
+def _next_multiples(size: Size) -> Size:
+    """The size rounded up to multiples of the network's stride."""
+    return -(-size[0] // STRIDE) * STRIDE, -(-size[1] // STRIDE) * STRIDE

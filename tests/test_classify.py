@@ -149,8 +149,12 @@ def test_images_of_many_sizes_take_few_compilations(variables, compiled, monkeyp
 
 def test_no_canvas_is_planned_for_what_is_resized_or_computed_in_tiles():
     assert plan_canvases(np.array([(50, 60)]), Manner((32, 32))) == {}
-    canvases = plan_canvases(np.array([(50, 60), (10, 200)]), Manner(None, scales=(1.0, 2.0), tile=128))
-    assert canvases == {(50, 60): (64, 64), (100, 120): (128, 128)}
+    manner = Manner(None, scales=(1.0, 1.5), tile=128)
+    canvases = plan_canvases(np.array([(50, 60), (10, 200)]), manner)
+    assert canvases == {(50, 60): (64, 64)}
+    (image,) = photographs((50, 60))
+    assert prepare(image, manner, canvases).shapes == prepare(image, manner).shapes == ((64, 64, 3), (96, 96, 3))
+    assert prepare(image, manner, {(50, 60): (96, 128)}).shapes == ((96, 128, 3), (160, 192, 3))
 
 
 def test_what_waits_long_is_computed_in_a_batch_that_is_not_full(variables, monkeypatch):
@@ -167,6 +171,16 @@ def test_what_waits_long_is_computed_in_a_batch_that_is_not_full(variables, monk
     next(classify_all(named()))
     assert len(asked) < len(images)
     assert len(list(classify_all(named()))) == len(images)
+
+
+def test_a_batch_that_is_not_full_is_filled_no_further_than_it_must_be(variables):
+    network = classify._Network(MODEL, variables, Manner(None), tuple(DEVICES[:1]), 8)
+    shapes = ((64, 64, 3),)
+    # With nothing compiled a power of two; then what there is, if it suffices.
+    for images, number in [(3, 4), (2, 4), (1, 4), (5, 8), (8, 8), (4, 4)]:
+        assert network.number(shapes, images) == number
+    assert network.compiled == {shapes: {4, 8}}
+    assert classify._Network(MODEL, variables, Manner(None), tuple(DEVICES[:2]), 6).number(shapes, 6) == 3
 
 
 class Contextual(nn.Module):
