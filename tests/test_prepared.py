@@ -27,6 +27,8 @@ class Pets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "segmentation_mask": tfds.features.Image(shape=(None, None, 1), use_colormap=True),
             "named": tfds.features.LabeledImage(labels=["none", "pet", "edge"], shape=(None, None, 1)),
             "array": tfds.features.Tensor(shape=(None, None, 1), dtype=np.int32, encoding="zlib"),
+            "heat": tfds.features.Tensor(shape=(None, None), dtype=np.float32, encoding="zlib"),
+            "mask": tfds.features.Tensor(shape=(None, None), dtype=np.bool_, encoding="zlib"),
             "boxes": tfds.features.Sequence({"box": tfds.features.BBoxFeature()}),
         }
         return tfds.core.DatasetInfo(
@@ -47,6 +49,8 @@ class Pets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     "segmentation_mask": png(label(split, index)),
                     "named": png(label(split, index) % 3),
                     "array": label(split, index)[..., None].astype(np.int32),
+                    "heat": np.zeros((5 + index, 7), np.float32),
+                    "mask": label(split, index) > 1,
                     "boxes": {"box": []},
                 },
             )
@@ -113,6 +117,11 @@ def test_arrays_are_read_as_files_are(data_dir, more):
     assert splits["train"].label_sizes()[0].tolist() == [5, 7]
 
 
+def test_a_mask_of_truth_values_is_class_0_and_1(data_dir):
+    _, open_splits = find_data(options(data_dir, label_key="mask", label_offset=0))
+    np.testing.assert_array_equal(open_splits()["train"].label(0), label("train", 0) > 1)
+
+
 def test_the_newest_version_is_read_unless_one_is_named(data_dir):
     from jaxseg.data.prepared import find_prepared
 
@@ -153,6 +162,12 @@ MISTAKES = {
     "empty": ({"splits": ("train", "test[:0]")}, "split 'test[:0]' cannot be read"),
     "no offset": ({"label_offset": 0}, "train[:70%][0]: has the value 3, outside 0..2"),
     "offset": ({"label_offset": -2}, "its label has the value 1, which --label-offset -2 makes -1"),
+    "label of colours": (
+        {"label_key": "raw_image"},
+        "train[:70%][0]: its label is uint8 of shape (5, 7, 3), not whole",
+    ),
+    "label of fractions": ({"label_key": "heat"}, "its label is float32 of shape (5, 7), not whole numbers"),
+    "image of one channel": ({"image_key": "array"}, "its image is int32 of shape (5, 7, 1), not uint8 of (H, W, 3)"),
     "large": ({"label_offset": 254}, "its label has the value 1, which --label-offset 254 makes 255"),
 }
 
@@ -207,13 +222,34 @@ def test_a_damaged_data_set_is_named(data_dir, tmp_path, case):
     assert str(folder) in refusal(options(tmp_path))
 
 
-def test_no_module_is_imported_because_a_file_names_it(data_dir, tmp_path):
+def as_usual(features: dict) -> dict:
+    features["featuresDict"]["features"]["array"]["pythonClassName"] = "evil.Tensor"
+    return features
+
+
+def by_the_other_name(features: dict) -> dict:
+    """Protobuf takes the fields' own names, too."""
+    feature = features["featuresDict"]["features"]["array"]
+    feature["python_class_name"] = feature.pop("pythonClassName").replace("tensorflow_datasets", "evil")
+    return features
+
+
+def within_a_string(features: dict) -> dict:
+    inner = {"feature": {"type": "evil.Tensor", "content": {}}, "length": None}
+    name = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+    features["featuresDict"]["features"]["array"] = {
+        "pythonClassName": name,
+        "jsonFeature": {"json": json.dumps(inner)},
+    }
+    return features
+
+
+@pytest.mark.parametrize("change", [as_usual, by_the_other_name, within_a_string])
+def test_no_module_is_imported_because_a_file_names_it(data_dir, tmp_path, change):
     folder = copy_of(data_dir, tmp_path)
-    content = (folder / "features.json").read_text()
+    features = json.loads((folder / "features.json").read_text())
     (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
-    evil = content.replace("tensorflow_datasets.core.features.class_label_feature", "evil")
-    assert evil != content
-    (folder / "features.json").write_text(evil)
+    (folder / "features.json").write_text(json.dumps(change(features)))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         assert "which is not of TFDS" in refusal(options(tmp_path))

@@ -1,5 +1,6 @@
 """Any segmentation data set that TFDS has prepared on disk, in array_record files; needs no TensorFlow."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -137,9 +138,12 @@ def _check_features(folder: pathlib.Path) -> None:
         value = stack.pop()
         if isinstance(value, Mapping):
             for key, inner in value.items():
-                named = key in ("pythonClassName", "type") and isinstance(inner, str)
+                named = key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str)
                 if named and not inner.startswith(_TFDS_MODULES):
                     raise ValueError(f"{path}: has a feature {inner}, which is not of TFDS; such data are not read")
             stack.extend(value.values())
         elif isinstance(value, list):
             stack.extend(value)
+        elif isinstance(value, str):  # a feature may be written as JSON within the JSON
+            with contextlib.suppress(ValueError):
+                stack.append(json.loads(value))

@@ -76,6 +76,11 @@ class RecordSource:
             image = read_image(io.BytesIO(image), where)
         else:
             image = np.asarray(self._features[self._keys["image"]].decode_example_np(image))
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+                raise ValueError(
+                    f"{where}: its image is {image.dtype} of shape {image.shape}, not uint8 of (H, W, 3); give another"
+                    " --image-key"
+                )
         name = record["name"].decode() if "name" in record else str(index)
         return {"image": image, "label": self._decode_label(record, where), "name": name}
 
@@ -117,6 +122,12 @@ class RecordSource:
             values = np.asarray(self._features[self._keys["label"]].decode_example_np(label))
             if values.ndim == 3 and values.shape[-1] == 1:
                 values = values[..., 0]
+            if values.ndim != 2 or values.dtype.kind not in "biu":
+                raise ValueError(
+                    f"{where}: its label is {values.dtype} of shape {values.shape}, not whole numbers of (H, W); give"
+                    " another --label-key"
+                )
+            values = values.astype(np.int64)
             outside = (values < 0) | (values > 255)
             if outside.any():
                 raise ValueError(f"{where}: its label has the value {values[outside][0]}, outside 0..255")

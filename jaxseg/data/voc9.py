@@ -221,6 +221,8 @@ def _list_extra(extra: pathlib.Path) -> Iterator[tuple[str, Callable[[], bytes]]
     """The names of SBD's annotations, or of the files that stand in for them, with what gives their contents."""
     if not extra.is_dir():
         for name, content in stream_tar(extra, "benchmark_RELEASE/dataset/cls/"):
+            if name.startswith(".") or not name.endswith(".mat"):  # what a file manager has left
+                continue
             yield name, functools.partial(bytes, content)
         return
     files = folder_files(extra, ("",))

@@ -78,6 +78,7 @@ def write(root: pathlib.Path) -> None:
     for name, classes in SBD.items():
         save_annotation(sbd / f"cls/{name}.mat", label(name, classes, border=False))
         (sbd / f"img/{name}.jpg").write_bytes((voc / f"JPEGImages/{name}.jpg").read_bytes())
+    (sbd / "cls/.DS_Store").write_bytes(b"of a file manager")
     (sbd / "train.txt").write_text("".join(f"{name}\n" for name in SBD))
 
 
