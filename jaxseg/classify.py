@@ -69,7 +69,7 @@ class _Network:
 
     def most(self, shapes: Shapes) -> int:
         """How many images of these shapes make a batch on each device."""
-        area = max((height * width for height, width, _ in shapes), default=1)
+        area = max(height * width for height, width, _ in shapes)
         usual = math.prod(self.manner.image_size or (512, 512)) * max(self.manner.scales) ** 2
         return max(1, math.ceil(self.batch_size * min(usual / area, 1) / len(self.devices)))
 
@@ -104,6 +104,9 @@ def _equal_shapes(images: Iterable[Named], network: _Network) -> Iterator[tuple[
     """Sorts images into batches by the shapes shown; those at the end, or that wait too long, may not be full."""
     waiting: dict[Any, list[Named]] = {}
     for name, prepared in images:
+        if prepared.image is not None:  # large enough to be a batch of its own, of tiles
+            yield [name], [prepared]
+            continue
         shapes = prepared.shapes
         waiting.setdefault(shapes, []).append((name, prepared))
         if len(waiting[shapes]) < network.most(shapes) * len(network.devices):

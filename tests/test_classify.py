@@ -216,6 +216,13 @@ def test_tiles_are_shown_mirrored_too_and_are_spread_over_the_devices(variables)
     assert (tiled != whole).mean() < 1e-3
 
 
+def test_of_many_images_that_are_computed_in_tiles_none_is_left_out(variables):
+    images = photographs((32, 160), (32, 64), (32, 190))
+    manner = Manner(None, tile=128)
+    for image, classes in zip(images, run(variables, images, manner), strict=True):
+        assert np.array_equal(classes, run(variables, [image], manner)[0])
+
+
 def test_a_manner_without_meaning_is_refused():
     for wrong in [{"scales": ()}, {"scales": (0.0,)}, {"tile": 100}, {"tile": 0}, {"overlap": 2048}, {"overlap": 20}]:
         with pytest.raises(ValueError, match=r"scales|tile"):
