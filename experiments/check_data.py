@@ -265,7 +265,8 @@ def draw(
 
     from jaxseg import plots
 
-    number = min(choice.images, len(found.drawable))
+    path, number = output / "contact.png", min(choice.images, len(found.drawable))
+    path.unlink(missing_ok=True)  # an earlier check's
     if not number:
         return None
     drawn = np.random.default_rng(choice.seed).choice(len(found.drawable), number, replace=False)
@@ -274,7 +275,6 @@ def draw(
         item = sources[split][index]
         rows.append(plots.Row(item["image"], (item["label"],), f"{split}: {item['name']}"))
     title = f"{short_name(choice.dataset)}: {number} of {sum(found.images.values())} images"
-    path = output / "contact.png"
     plots.plot_contact_sheet(rows, labels.names, labels.colours, title, path)
     return path
 

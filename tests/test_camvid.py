@@ -119,3 +119,11 @@ def test_a_changed_builder_needs_a_new_version(folder, tmp_path):
         for k in range(len(source)):
             state.update(source[k]["name"].encode() + source[k]["label"].tobytes())
     assert (str(camvid.Camvid.VERSION), state.hexdigest()[:16]) == ("1.0.0", "b7b1fe68d0597182")
+
+
+def test_two_files_of_one_stem_are_refused(folder, tmp_path):
+    for lists in folder.glob("*.txt"):
+        lists.unlink()
+    shutil.copy(folder / "train" / "a.png", folder / "train" / "a.jpg")
+    with pytest.raises(ValueError, match=r"a\.png: has the same stem as train/a\.jpg"):
+        open_in(tmp_path, folder)

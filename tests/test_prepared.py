@@ -210,6 +210,7 @@ DAMAGES = {
     "flipped": ("pets-train.array_record-00000-of-00001", flip),
     "no features": ("features.json", pathlib.Path.unlink),
     "other features": ("features.json", lambda path: path.write_text("{}")),
+    "features in features": ("features.json", lambda path: path.write_text(100_000 * "[")),
     "information": ("dataset_info.json", lambda path: path.write_text("{")),
 }
 

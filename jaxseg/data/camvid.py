@@ -147,14 +147,24 @@ def _list_pairs(files: Files, split: str, folders: tuple[str, str]) -> list[tupl
         if len(names) % 2:
             raise ValueError(f"{files.where(f'{split}.txt')}: must have an image and a label in each line; correct it")
         return list(zip(names[::2], names[1::2], strict=True))
-    images, labels = (
-        {pathlib.PurePath(name).stem: name for name in files.names if str(pathlib.PurePath(name).parent) == folder}
-        for folder in folders
-    )
+    images, labels = (_by_stem(files, folder) for folder in folders)
     if alone := sorted(images.keys() ^ labels.keys()):
         name = images.get(alone[0]) or labels[alone[0]]
         raise ValueError(f"{files.where(name)}: has no partner in {folders[0]} and {folders[1]}; add or remove one")
     return [(images[stem], labels[stem]) for stem in sorted(images)]
+
+
+def _by_stem(files: Files, folder: str) -> dict[str, str]:
+    """The names of the files in a folder by their stems; raises ValueError where two have the same."""
+    found: dict[str, str] = {}
+    for name in sorted(files.names):
+        path = pathlib.PurePath(name)
+        if str(path.parent) != folder:
+            continue
+        if other := found.get(path.stem):
+            raise ValueError(f"{files.where(name)}: has the same stem as {other}; rename or remove one of them")
+        found[path.stem] = name
+    return found
 
 
 def _ignore_void(label: np.ndarray, where: str) -> np.ndarray:

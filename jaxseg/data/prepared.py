@@ -132,7 +132,7 @@ def _check_features(folder: pathlib.Path) -> None:
     path = folder / "features.json"
     try:
         stack = [json.loads(path.read_text())]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); prepare the data set again") from error
     while stack:
         value = stack.pop()
