@@ -90,7 +90,7 @@ def _results(network: _Network, images: Iterable[Named], scores: bool) -> Iterat
     under_way: collections.deque = collections.deque()
     for names, batch in _equal_shapes(images, network):
         if (image := batch[0].image) is not None:
-            yield names[0], _classify_tiles(network, image)
+            yield names[0], _classify_tiles(network, image, batch[0].canvas)
             continue
         under_way.append((names, _start(network, batch, scores)))
         if len(under_way) > train.LAG:
@@ -176,13 +176,14 @@ def _block_side(batch: list[Prepared], num_classes: int) -> int:
     return side
 
 
-def _classify_tiles(network: _Network, image: np.ndarray) -> np.ndarray:
-    """The class map of an image that is computed in tiles."""
+def _classify_tiles(network: _Network, image: np.ndarray, canvas: Any) -> np.ndarray:
+    """The class map of an image that is computed in tiles; canvas: the height and width that these are padded to."""
     manner = network.manner
 
     def score(places: list[tiles.Place]) -> Iterator[tuple[int, np.ndarray]]:
-        crops = ((column, prepare(image[place], manner)) for column, place in enumerate(places))
-        return _results(network, crops, scores=True)
+        crops = (image[place] for place in places)
+        prepared = (prepare(crop, manner, {crop.shape[:2]: canvas}) for crop in crops)
+        return _results(network, enumerate(prepared), scores=True)
 
     return tiles.classify_in_tiles(image.shape[:2], manner.tile, manner.tile_overlap, score)
 

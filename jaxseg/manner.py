@@ -41,6 +41,10 @@ class Manner:
         """Whether an image of this size is computed in tiles."""
         return self.image_size is None and max(size) > self.tile
 
+    def seen_size(self, size: Size) -> Size:
+        """How much of an image of this size is seen at once: a tile, or all."""
+        return (min(size[0], self.tile), min(size[1], self.tile)) if self.in_tiles(size) else size
+
     def shown_sizes(self, size: Size) -> list[Size]:
         """The sizes at which an image of this size is shown."""
         height, width = self.image_size or size
@@ -60,19 +64,21 @@ class Manner:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """An image ready to be classified.
+    """An image ready to be classified, or to be cut into tiles.
 
     Attributes:
       shown: what the network is shown: (h, w, 3) uint8, each padded to a shape that many images share.
       sizes: (len(shown), 2) int32, the height and width in each that are not padding.
       own_size: height and width of the image.
       image: (H, W, 3) uint8, the image, and nothing above, where it is to be computed in tiles.
+      canvas: the height and width to which its tiles are padded; None where there are none.
     """
 
     shown: tuple[np.ndarray, ...]
     sizes: np.ndarray
     own_size: tuple[int, int]
     image: np.ndarray | None = None
+    canvas: Size | None = None
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -88,15 +94,14 @@ def plan_canvases(sizes: np.ndarray, manner: Manner) -> dict[Size, Size]:
       manner: how they will be classified.
 
     Returns:
-      The canvas of each size that is not computed in tiles; see `jaxseg.data.canvases.choose_canvases`. Empty where
-      images are resized: then they all have one shape.
+      The canvas of each size, of its tiles where it is computed in tiles; see `jaxseg.data.canvases.choose_canvases`.
+      Empty where images are resized: then they all have one shape.
     """
     own = [(int(height), int(width)) for height, width in sizes]
-    whole = [size for size in own if manner.image_size is None and not manner.in_tiles(size)]
-    if not whole:
+    if manner.image_size or not own:
         return {}
-    canvases = choose_canvases(np.array(whole))
-    return {size: (int(height), int(width)) for size, (height, width) in zip(whole, canvases, strict=True)}
+    canvases = choose_canvases(np.array([manner.seen_size(size) for size in own]))
+    return {size: (int(height), int(width)) for size, (height, width) in zip(own, canvases, strict=True)}
 
 
 def prepare(image: np.ndarray, manner: Manner, canvases: Mapping[Size, Size] | None = None) -> Prepared:
@@ -116,9 +121,9 @@ def prepare(image: np.ndarray, manner: Manner, canvases: Mapping[Size, Size] | N
     if not right or not all(0 < length < 2**15 for length in image.shape):
         raise ValueError(f"an image must be (H, W, 3) uint8, H and W from 1 to 32767, not {image.shape} {image.dtype}")
     own_size = image.shape[:2]
+    canvas = (canvases or {}).get(own_size) or _next_multiples(manner.seen_size(own_size))
     if manner.in_tiles(own_size):
-        return Prepared((), np.zeros((0, 2), np.int32), own_size, image)
-    canvas = (canvases or {}).get(own_size) or _next_multiples(own_size)
+        return Prepared((), np.zeros((0, 2), np.int32), own_size, image, canvas)
     shown, sizes = [], []
     for size, larger in zip(manner.shown_sizes(own_size), manner.shown_sizes(canvas), strict=True):
         resized = resize_image(image, size)

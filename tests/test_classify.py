@@ -147,11 +147,11 @@ def test_images_of_many_sizes_take_few_compilations(variables, compiled, monkeyp
     assert compiled["jit(_fun)"] - given <= 2 + 2 * 3
 
 
-def test_no_canvas_is_planned_for_what_is_resized_or_computed_in_tiles():
+def test_a_canvas_is_planned_for_each_size_or_its_tiles_but_not_for_what_is_resized():
     assert plan_canvases(np.array([(50, 60)]), Manner((32, 32))) == {}
     manner = Manner(None, scales=(1.0, 1.5), tile=128)
     canvases = plan_canvases(np.array([(50, 60), (10, 200)]), manner)
-    assert canvases == {(50, 60): (64, 64)}
+    assert canvases == {(50, 60): (64, 64), (10, 200): (32, 128)}
     (image,) = photographs((50, 60))
     assert prepare(image, manner, canvases).shapes == prepare(image, manner).shapes == ((64, 64, 3), (96, 96, 3))
     assert prepare(image, manner, {(50, 60): (96, 128)}).shapes == ((96, 128, 3), (160, 192, 3))
@@ -221,6 +221,16 @@ def test_of_many_images_that_are_computed_in_tiles_none_is_left_out(variables):
     manner = Manner(None, tile=128)
     for image, classes in zip(images, run(variables, images, manner), strict=True):
         assert np.array_equal(classes, run(variables, [image], manner)[0])
+
+
+def test_tiles_of_images_of_many_sizes_have_few_shapes_and_their_canvas_is_not_seen(variables):
+    manner = Manner(None, tile=512)
+    panoramas = [(height, width) for height in range(20, 512, 20) for width in (600, 700)]
+    assert len(set(plan_canvases(np.array(panoramas), manner).values())) == 8
+    (image,), manner, canvases = photographs((32, 160)), Manner(None, tile=128), {(32, 160): (96, 128)}
+    assert prepare(image, manner, canvases).canvas == (96, 128)
+    alone, padded = (run(variables, [image], manner, canvases=chosen)[0] for chosen in (None, canvases))
+    assert np.array_equal(alone, padded)
 
 
 def test_a_manner_without_meaning_is_refused():
