@@ -166,6 +166,7 @@ def predict(
     """
     from tqdm import tqdm
 
+    from experiments.results import missing_letters_once
     from jaxseg.data.threads import map_ahead
 
     began, written = time.perf_counter(), 0
@@ -181,7 +182,7 @@ def predict(
             bar.write(f"skipped: {read.mistake}", file=sys.stderr)
             bar.update()
 
-    with bar, Writer(labels, settings) as writer:
+    with missing_letters_once(), bar, Writer(labels, settings) as writer:
         for read, classes in classify(images()):
             writer.put(read.path, read.image, classes)
             written += 1

@@ -1,6 +1,8 @@
 """`experiments.predict`: what it writes for folders of photographs, and what it says of what it cannot read."""
 
+import dataclasses
 import re
+import warnings
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from experiments import predict
 from jaxseg import inference
 from jaxseg.data.images import image_size, read_image
+from jaxseg.data.labels import Labels
 from jaxseg.decoders import BaselineDecoder
 from jaxseg.manner import Manner
 from tests.peers.saved_run import WIDTHS, save_run
@@ -72,6 +75,16 @@ def test_each_photograph_gives_a_class_map_of_its_stem_and_size(run, photographs
     assert len(drawn) > 1000 * 500 and (drawn == (255, 255, 255)).all(1).mean() > 0.02
     out = capsys.readouterr().out
     assert "each image resized to 32x64" in out and re.search(r"4 class maps in .*, [\d.]+ images/s", out)
+
+
+def test_letters_that_the_legends_font_lacks_are_told_of_in_one_line(run, photographs, tmp_path, capsys, monkeypatch):
+    trained = inference.load_run(run)
+    names = Labels(("\u9053", "\u7a7a", "car"), trained.labels.colours)
+    monkeypatch.setattr(inference, "load_run", lambda *_: dataclasses.replace(trained, labels=names))
+    argv = [str(run), str(photographs / "b.png"), "--output", str(tmp_path / "maps"), "--overlay"]
+    with warnings.catch_warnings(record=True) as caught:
+        assert predict.main(argv) == 0
+    assert not caught and capsys.readouterr().err.count("font lacks letters of the class names") == 1
 
 
 def test_photographs_are_classified_at_their_own_size_mirrored_and_scaled_if_wanted(run, photographs, tmp_path):
