@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from experiments import works
 
@@ -28,7 +29,7 @@ def measure_loading(load: works.Load, rounds: int, steps: int) -> list[dict[str,
       "ratio": reading over training, each alone, "kept": both over training alone}.
     """
     rows = []
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, tqdm(total=4 * rounds, desc="loading", leave=False, disable=None) as bar:
         given = stack.enter_context(works.open_batches(dataclasses.replace(load, loader=False), "stage2"))
         files = {}
         for name, suffix in (("JPEG", "jpg"), ("PNG", "png")):
@@ -50,6 +51,7 @@ def measure_loading(load: works.Load, rounds: int, steps: int) -> list[dict[str,
                     source.batches = read
                     work_on(2)
                     times["both"].append(_seconds(work_on, steps))
+                    bar.update()
                 speeds = {key: steps * load.batch_size / statistics.median(seconds) for key, seconds in times.items()}
                 row = {f"{key}_images_per_s": speed for key, speed in speeds.items()}
                 shares = {"ratio": speeds["read"] / speeds["step"], "kept": speeds["both"] / speeds["step"]}

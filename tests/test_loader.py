@@ -254,6 +254,14 @@ def test_a_window_over_the_whole_image_at_its_own_size_changes_nothing():
     np.testing.assert_array_equal(moved, label[2:5, 5:])
 
 
+def test_an_image_of_other_sides_than_its_label_is_cut_as_the_label_is():
+    image = np.random.default_rng(0).integers(0, 256, (8, 10, 3), np.uint8)
+    small = loader.resize_image(image, (16, 20))
+    cut, moved = loader.scale_and_crop(image, np.arange(320, dtype=np.uint16).reshape(16, 20), (9, 9), 1.0, (0.5, 1.0))
+    np.testing.assert_allclose(cut.astype(int), small[4:13, 11:], atol=1)
+    assert moved[0, 0] == 4 * 20 + 11
+
+
 def test_windows_are_drawn_anew_for_each_image_and_epoch_whoever_reads_them():
     source = ArraySource(9)
     options = {"image_size": (12, 16), "batch_size": 4, "seed": 3, "scale_range": (0.5, 2.0)}

@@ -84,10 +84,10 @@ def scale_and_crop(
     """Resizes an image and its label by a factor, as `resize_image` and `resize_label` do, and cuts a window out.
 
     Args:
-      image: (H, W, 3) uint8.
+      image: (H, W, 3) uint8; of other sides than the label's it is resized to the same.
       label: (H, W) uint8.
       size: (height, width) of the window in pixels.
-      scale: the factor.
+      scale: the factor, of the label's sides.
       place: where the window lies, down and along, from 0 (it begins where the image does) to 1 (both end together).
         Along a side that is shorter than the window it is where the image lies in the window, likewise.
 
@@ -96,13 +96,13 @@ def scale_and_crop(
       colour, and the label that is ignored.
     """
     starts, lengths, edges, nearest = [], [], [], []
-    for old, new, share in zip(label.shape, size, place, strict=True):
+    for old, pixels, new, share in zip(label.shape, image.shape[:2], size, place, strict=True):
         scaled = max(round(scale * old), 1)
         start = round(share * (scaled - new))
         first, last = max(start, 0), min(start + new, scaled)
         starts.append(max(-start, 0))
         lengths.append(last - first)
-        edges.append((first * old / scaled, last * old / scaled))
+        edges.append((first * pixels / scaled, last * pixels / scaled))
         nearest.append(_nearest(old, scaled)[first:last])
     # Only what is in the window is computed. At its edges Pillow averages what is beyond them, too.
     (top, bottom), (left, right) = edges
