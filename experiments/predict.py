@@ -48,7 +48,7 @@ class Settings(ModelOptions):
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """An image that was read, or why it was not."""
+    """An image that was read, if it will be drawn, and as it is classified; or why it was not."""
 
     path: pathlib.Path
     image: Any = None
@@ -171,7 +171,7 @@ def predict(
 
     began, written = time.perf_counter(), 0
     canvases = plan(paths, manner)
-    read_one = functools.partial(read_and_prepare, manner=manner, canvases=canvases)
+    read_one = functools.partial(read_and_prepare, manner=manner, canvases=canvases, keep=settings.overlay)
     bar = tqdm(total=len(paths), desc="classifying", unit="img", smoothing=0.1)
 
     def images() -> Iterator[tuple[_Read, "Prepared"]]:
@@ -208,14 +208,21 @@ def plan(paths: list[pathlib.Path], manner: "Manner") -> "dict[Size, Size]":
     return plan_canvases(np.array([size for size in sizes if size]).reshape(-1, 2), manner)
 
 
-def read_and_prepare(path: pathlib.Path, manner: "Manner", canvases: "dict[Size, Size]") -> _Read:
-    """Reads an image and makes it ready; never raises for a file."""
+def read_and_prepare(path: pathlib.Path, manner: "Manner", canvases: "dict[Size, Size]", keep: bool) -> _Read:
+    """Reads an image and makes it ready; never raises for a file.
+
+    Args:
+      path: the file.
+      manner: how it will be classified.
+      canvases: from `plan`.
+      keep: the image itself will be asked for: dozens wait at a time, and photographs are large.
+    """
     from jaxseg.data.images import UnreadableFileError, read_image
     from jaxseg.manner import prepare
 
     try:
         image = read_image(path)
-        return _Read(path, image, prepare(image, manner, canvases))
+        return _Read(path, image if keep else None, prepare(image, manner, canvases))
     except UnreadableFileError as error:
         return _Read(path, mistake=str(error))
     except ValueError as error:  # larger than any image should be
@@ -248,13 +255,13 @@ class Writer:
             for future in self._waiting:
                 future.result()
 
-    def put(self, path: pathlib.Path, image: "np.ndarray", classes: "np.ndarray") -> None:
+    def put(self, path: pathlib.Path, image: "np.ndarray | None", classes: "np.ndarray") -> None:
         """Writes what was made of an image, soon; waits where too much does; raises OSError for earlier ones."""
         self._waiting.append(self._pool.submit(self._write, path, image, classes))
         if len(self._waiting) > _WAITING:
             self._waiting.pop(0).result()
 
-    def _write(self, path: pathlib.Path, image: "np.ndarray", classes: "np.ndarray") -> None:
+    def _write(self, path: pathlib.Path, image: Any, classes: "np.ndarray") -> None:
         from PIL import Image
 
         from jaxseg.files import replacing

@@ -98,6 +98,12 @@ def test_photographs_are_classified_at_their_own_size_mirrored_and_scaled_if_wan
         np.testing.assert_array_equal(read(tmp_path / "maps" / f"{name[0]}.png"), expected)
 
 
+def test_photographs_that_are_not_drawn_are_not_kept(photographs):
+    for keep in (False, True):
+        read_one = predict.read_and_prepare(photographs / "a.png", Manner((32, 32)), {}, keep)
+        assert (read_one.image is not None) == keep and read_one.prepared.shapes == ((32, 32, 3),)
+
+
 def test_what_cannot_be_read_is_named_and_skipped(run, photographs, tmp_path, capsys):
     cut = (photographs / "a.png").read_bytes()
     (photographs / "cut.png").write_bytes(cut[: len(cut) // 2])
