@@ -100,12 +100,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def is_run(path: pathlib.Path) -> bool:
     """Whether this is a run's workdir, or a checkpoint, rather than a folder of class maps."""
+    if path.name == "checkpoints":
+        path = path.parent
     return (path / "checkpoints").is_dir() or (path / "config.json").exists() or (path / "model").is_dir()
 
 
 def open_run_to_evaluate(settings: Settings) -> Opened:
     """Loads the run and opens the data; raises ValueError, in one line, or OSError, where something does not fit."""
-    run = settings.what
+    run = settings.what.parent if settings.what.name == "checkpoints" else settings.what
     trained, manner = open_run(run, settings)
     data = data_of(settings, trained.settings)
     home, name = (run.parent.parent, f"-{run.name}") if run.parent.name == "checkpoints" else (run, "")

@@ -26,7 +26,7 @@ class ModelOptions:
     flip: bool = False
     """Classify each image's mirror image, too, and average the probabilities."""
     scales: tuple[float, ...] = (1.0,)
-    """Classify each image at its size times each of these, and average the probabilities."""
+    """Classify each image at its size times each of these, from 0.1 to 4, and average the probabilities."""
     tile: int = 2048
     """At its own size, an image with a longer side than these pixels, a multiple of 32, is computed in tiles of this
     side that overlap and are blended: less takes less memory and more time."""

@@ -52,8 +52,8 @@ class Manner:
 
     def __post_init__(self):
         """Refuses what has no meaning."""
-        if not self.scales or not all(0.01 <= scale <= 100 for scale in self.scales):
-            raise ValueError(f"scales must be from 0.01 to 100, and at least one, not {self.scales}")
+        if not self.scales or not all(0.1 <= scale <= 4 for scale in self.scales):
+            raise ValueError(f"scales must be from 0.1 to 4, and at least one, not {self.scales}")
         if self.tile < 128 or self.tile % STRIDE:
             raise ValueError(f"the tile's side must be a multiple of {STRIDE} from 128 up, not {self.tile}")
         if not 0 <= self.tile_overlap < self.tile or self.tile_overlap % STRIDE:

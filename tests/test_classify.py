@@ -234,6 +234,14 @@ def test_tiles_of_images_of_many_sizes_have_few_shapes_and_their_canvas_is_not_s
 
 
 def test_a_manner_without_meaning_is_refused():
-    for wrong in [{"scales": ()}, {"scales": (0.0,)}, {"tile": 100}, {"tile": 0}, {"overlap": 2048}, {"overlap": 20}]:
+    for wrong in [
+        {"scales": ()},
+        {"scales": (0.0,)},
+        {"scales": (5.0,)},
+        {"tile": 100},
+        {"tile": 0},
+        {"overlap": 2048},
+        {"overlap": 20},
+    ]:
         with pytest.raises(ValueError, match=r"scales|tile"):
             Manner(None, **wrong)

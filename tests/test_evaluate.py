@@ -56,6 +56,7 @@ def test_a_run_and_its_class_maps_give_the_runs_own_numbers(trained, tmp_path, c
     for split in ("val", "test"):
         assert evaluate.main([str(run), "--split", split, "--worst", "0"]) == 0
         assert scores_of(run / f"evaluation-data-{split}", split) == own[split]
+    assert evaluate.main([str(run / "checkpoints"), "--worst", "0"]) == 0
     maps = tmp_path / "maps"
     assert predict.main([str(run), str(data / "test" / "img"), "--output", str(maps), "--batch-size", "3"]) == 0
     # What is no class map is in nobody's way, and what belongs to no image is told of.

@@ -18,12 +18,12 @@ def map_ahead(
     Args:
       function: called in threads.
       items: taken from the caller's thread.
-      workers: threads; as many as there are processors if None.
+      workers: threads; as many as there are processors, 16 at most, if None.
 
     Raises:
       What the function raises, where its result would have come.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or min(os.cpu_count() or 1, 16)
     pending: collections.deque[concurrent.futures.Future] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
