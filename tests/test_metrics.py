@@ -112,7 +112,7 @@ def test_counts_past_two_to_the_31_stay_exact():
     iou = metrics.iou_per_class(np.array([[big, 1], [0, big]], dtype=np.int64))
     assert iou[0] == big / (big + 1)
     # So do those of one batch, which are int32 each.
-    iou = metrics.iou_per_class(np.full((3, 3), 2**30, np.int32))
+    iou = metrics.iou_per_class(jnp.full((3, 3), 2**30, jnp.int32))
     np.testing.assert_array_equal(iou, np.full(3, 1 / 5))
 
 
