@@ -636,6 +636,14 @@ def test_a_run_that_does_not_fit_is_refused(run, segmenter, tmp_path):
     assert "only the encoder" in refusal(load_model, "resnet18", tmp_path / "a.pth", segmenter(5))
 
 
+def test_a_decoder_that_is_not_finite_is_refused(run, segmenter, monkeypatch):
+    workdir, model = run
+    model = jax.tree.map(np.copy, model)
+    model["params"]["decoder"]["head"]["bias"][1] = np.nan
+    monkeypatch.setattr(pretrained, "_read_run", lambda _: model)
+    assert "decoder params.head.bias inf or nan" in refusal(load_model, "resnet18", workdir, segmenter(5))
+
+
 def test_a_damaged_checkpoint_is_refused(run, tmp_path):
     workdir, _ = run
     copy = shutil.copytree(workdir, tmp_path / "copy")
