@@ -83,12 +83,16 @@ def test_two_processes_are_one_of_four_devices_and_go_on_after_one_is_killed(fol
     codes, _, said = finish(start("tests.peers.small_run", [arguments(folder, whole)]))
     assert codes == [0], said
     argv = arguments(folder, together)
+    # A signal to one stops both, after the same update.
+    codes, _, said = stop_when(argv, lambda: len(rows(together)) > 6, random.randrange(2), signal.SIGTERM)
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    assert "stopped, and saved" in said[0] and "stopped, and saved" not in said[1]
     # One is killed in the second stage: the other notices and ends too.
     killed = random.randrange(2)
     codes, printed, said = stop_when(argv, lambda: len(rows(together)) > 28, killed, signal.SIGKILL)
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] in (1, -signal.SIGABRT), said
     assert "another process of the run has ended" in said[1 - killed] or "another task died" in said[1 - killed]
-    assert "devices: 4 cpu in 2 processes" in printed[0] or not killed
+    assert ("devices: 4 cpu in 2 processes" in printed[0] and "going on after" in printed[0]) or not killed
     assert "devices" not in printed[1]
     # What is written, the first one says.
     codes, printed, said = finish(start("tests.peers.small_run", [[*argv, "--boundary-iou"], argv]))
