@@ -198,12 +198,13 @@ shapes.open_shapes("data", shapes.ShapesConfig(counts=(5, 3, 2), height=40, widt
 
 
 def test_a_killed_preparation_is_recovered_and_nothing_is_written_elsewhere(tmp_path):
-    home, folder = tmp_path / "home", tmp_path / "here"
-    home.mkdir()
-    folder.mkdir()
-    assert run_python(KILLED, folder, HOME=str(home)).returncode == 9
+    home, temporary, folder = tmp_path / "home", tmp_path / "temporary", tmp_path / "here"
+    for path in (home, temporary, folder):
+        path.mkdir()
+    assert run_python(KILLED, folder, HOME=str(home), TMPDIR=str(temporary)).returncode == 9
     assert list(folder.rglob("incomplete.*")) and not list(folder.rglob("dataset_info.json"))
-    assert [path.name for path in folder.iterdir()] == ["data"] and not list(home.iterdir())
+    assert [path.name for path in folder.iterdir()] == ["data"]
+    assert not list(home.iterdir()) and not list(temporary.iterdir())
     assert_complete(shapes.open_shapes(folder / "data", SMALL))
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import tensorflow_datasets as tfds
 
 from jaxseg.data.images import UnreadableFileError, label_size, read_image
-from jaxseg.data.records import RecordSource, prepare
+from jaxseg.data.records import LocalInfo, RecordSource, prepare
 from jaxseg.data.threads import map_ahead
 
 Item = TypeVar("Item")
@@ -60,7 +60,7 @@ class PairsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
             "label": tfds.features.Image(shape=(None, None, 1)),
             "name": tfds.features.Text(),
         }
-        return tfds.core.DatasetInfo(
+        return LocalInfo(
             builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),

@@ -154,6 +154,13 @@ def _shift_table(offset: int, ignored: Sequence[int]) -> np.ndarray:
     return table
 
 
+class LocalInfo(tfds.core.DatasetInfo):
+    """What TFDS knows of a data set that is made here, which its bucket on the network cannot have."""
+
+    def initialize_from_bucket(self) -> None:
+        """Looks nowhere. TFDS's own would leave an empty folder behind among the system's temporary ones."""
+
+
 def prepare(
     make_builder: Callable[[], tfds.core.DatasetBuilder], data_dir: pathlib.Path
 ) -> tuple[tfds.core.DatasetBuilder, bool]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from jaxseg.data.images import encode_png
 from jaxseg.data.labels import IGNORE_LABEL
-from jaxseg.data.records import RecordSource, prepare
+from jaxseg.data.records import LocalInfo, RecordSource, prepare
 
 NAMES = (
     "background",
@@ -474,7 +474,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             "label": tfds.features.Image(shape=(*shape, 1), encoding_format="png"),
             "name": tfds.features.Text(),
         }
-        return tfds.core.DatasetInfo(
+        return LocalInfo(
             builder=self, description=__doc__, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
 
