@@ -29,7 +29,7 @@ IMAGENET_FILES = {
 }
 # Longer names are cut where an error shows them.
 _SHOWN = 200
-_PREFIXED = re.compile(r"((?:(?:module|encoder|backbone)\.)*)(?:conv1|bn1|layer[1-4])\..*", re.DOTALL)
+_PREFIXED = re.compile(r"((?:(?:module|encoder|backbone)\.)*)(?:conv1|bn1|layer[1-4])\..*")
 _SAFETENSORS_TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _FORMS = "a .pth, .pt or .safetensors file, the workdir of a run, its folder of checkpoints or one checkpoint in it"
 
@@ -135,7 +135,7 @@ def save_torch(variables: Any, path: str | Path) -> None:
         raise OSError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            part.unlink()
 
 
 def convert_resnet(tensors: dict[str, np.ndarray], name: str) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _check_name(name: str) -> None:
 def _check_decoder(saved: Any, wanted: Any) -> Any:
     """Returns a saved decoder whose names and shapes are the wanted ones, as float32; otherwise raises Misfit."""
     flat = {".".join(path): leaf for path, leaf in traverse_util.flatten_dict(saved).items()}
-    ours = {".".join(path): tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(wanted).items()}
+    ours = {".".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(wanted).items()}
     faults = {
         "missing": [f"{name} {shape}" for name, shape in ours.items() if name not in flat],
         "unexpected": [f"{name} {leaf.shape}" for name, leaf in flat.items() if name not in ours],
