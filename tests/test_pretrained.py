@@ -222,7 +222,8 @@ def test_only_an_encoder_is_saved(tmp_path, tensors):
     absent = tmp_path / "absent"
     assert f"there is no folder {absent}" in refusal(save_torch, variables, absent / "a.safetensors")
     whole = {collection: {"encoder": tree} for collection, tree in variables.items()}
-    assert "none of resnet18, " in refusal(save_torch, whole, tmp_path / "a.safetensors")
+    for other in (whole, {"batch_stats": variables["batch_stats"]}, {}):
+        assert "none of resnet18, " in refusal(save_torch, other, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -238,6 +239,16 @@ def test_every_encoder_has_a_file_of_imagenet_weights():
     for name, file in pretrained.IMAGENET_FILES.items():
         assert re.fullmatch(rf"{name}-[0-9a-f]{{8}}\.pth", file)
     assert re.fullmatch(r"https://[a-z.]+/models/", pretrained.IMAGENET_URL)
+
+
+def test_tensors_are_contiguous_as_safetensors_needs_them():
+    kernel = np.random.default_rng(0).random((4, 4, 3, 2), np.float32)
+    tensors = to_torch({"params": {"conv1": {"kernel": kernel}, "conv_transpose1": {"kernel": kernel}}})
+    assert len(tensors) == 2 and all(array.flags.c_contiguous for array in tensors.values())
+
+
+def test_what_pytorch_has_no_name_for_keeps_ours():
+    assert list(to_torch({"params": {"mask": {"values": np.zeros(3)}}})) == ["params.mask.values"]
 
 
 def test_arrays_of_jax_become_numpys():
