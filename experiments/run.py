@@ -96,7 +96,9 @@ def work_in(processes: Processes, settings: Settings, work: Callable[[Processes,
     except FloatingPointError as error:
         if settings.debug_nans:
             raise  # the traceback is what was asked for
-        print(f"error: {error}; the checkpoints in {settings.workdir} are from before it", file=sys.stderr)
+        kept = f"the checkpoints in {settings.workdir} are from before it"
+        kept = kept if _holds_checkpoints(settings.workdir) else "nothing was saved before it"
+        print(f"error: {error}; {kept}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as signal:
         print(f"\nstopped; {how_to_go_on(settings.workdir)}", file=sys.stderr)
@@ -165,11 +167,15 @@ class UnfinishedError(Exception):
 
 def how_to_go_on(workdir: pathlib.Path) -> str:
     """What a person can do after a run has ended early."""
-    # Of a run, or of the runs of an experiment of several.
-    saved = [*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*")]
-    if any(path.name.isdigit() for path in saved):
+    if _holds_checkpoints(workdir):
         return f"the same command with --workdir {workdir} goes on from the last checkpoint"
     return "nothing was saved yet: the same command begins anew"
+
+
+def _holds_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether there is one of a run, or of the runs of an experiment of several."""
+    saved = [*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*")]
+    return any(path.name.isdigit() for path in saved)
 
 
 def prepare_in_turn(processes: Processes, settings: Settings, make_decoder: MakeDecoder, find_data: FindData) -> Run:

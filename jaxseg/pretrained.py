@@ -29,7 +29,7 @@ IMAGENET_FILES = {
 }
 # Longer names are cut where an error shows them.
 _SHOWN = 200
-_PREFIXED = re.compile(r"((?:(?:module|encoder|backbone)\.)*)(?:conv1|bn1|layer[1-4])\..*")
+_PREFIXED = re.compile(r"((?:(?:module|encoder|backbone)\.)*)(?:conv1|bn1|layer[1-4])\..*", re.DOTALL)
 _SAFETENSORS_TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _FORMS = "a .pth, .pt or .safetensors file, the workdir of a run, its folder of checkpoints or one checkpoint in it"
 

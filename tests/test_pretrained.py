@@ -244,7 +244,9 @@ def test_every_encoder_has_a_file_of_imagenet_weights():
 def test_tensors_are_contiguous_as_safetensors_needs_them():
     kernel = np.random.default_rng(0).random((4, 4, 3, 2), np.float32)
     tensors = to_torch({"params": {"conv1": {"kernel": kernel}, "conv_transpose1": {"kernel": kernel}}})
-    assert len(tensors) == 2 and all(array.flags.c_contiguous for array in tensors.values())
+    shapes = {name: array.shape for name, array in tensors.items()}
+    assert shapes == {"conv1.weight": (2, 3, 4, 4), "conv_transpose1.weight": (3, 2, 4, 4)}
+    assert all(array.flags.c_contiguous for array in tensors.values())
 
 
 def test_what_pytorch_has_no_name_for_keeps_ours():
@@ -268,8 +270,8 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as unopenable:  # even by root
         unopenable.bind("a.safetensors")
         message = refusal(load_encoder, "resnet18", "a.safetensors")
-    reason = os.strerror(errno.ENXIO)  # The package's own words have more.
-    assert message == f"a.safetensors: {reason}; give the path of a readable .safetensors file"
+    remedy = "give the path of a readable .safetensors file"  # Linux's reason, or macOS's, and no more
+    assert message in {f"a.safetensors: {os.strerror(code)}; {remedy}" for code in (errno.ENXIO, errno.EOPNOTSUPP)}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), safetensors.SafetensorError("No space left")])
@@ -387,6 +389,8 @@ def test_of_two_networks_in_a_file_none_is_taken(tmp_path, tensors):
     both = {f"{prefix}.{name}": array for prefix in ("encoder", "backbone") for name, array in tensors.items()}
     message = refusal(load_encoder, "resnet18", write_safetensors(tmp_path / "a.safetensors", both))
     assert "missing 100" in message and "unexpected 200" in message
+    some = {f"encoder.{name}": array for name, array in tensors.items()} | {"backbone.conv1.a\nb": np.zeros(1)}
+    assert "unexpected 101" in refusal(load_encoder, "resnet18", write_safetensors(tmp_path / "b.safetensors", some))
 
 
 @pytest.mark.parametrize("name", ["conv1.weight", "layer3.1.bn2.running_var", "layer2.0.downsample.0.weight"])
@@ -663,6 +667,18 @@ def test_a_run_that_does_not_fit_is_refused(run, segmenter, tmp_path):
         assert "use --encoder resnet18" in refusal(function, "resnet50", workdir, *arguments)
         assert "holds no checkpoint" in refusal(function, "resnet18", tmp_path, *arguments)
     assert "only the encoder" in refusal(load_model, "resnet18", tmp_path / "a.pth", segmenter(5))
+
+
+def test_the_faults_have_their_kinds(run, segmenter, tmp_path, tensors):
+    with pytest.raises(Misfit) as misshaped:
+        load_model("resnet18", run[0], segmenter(7))
+    assert len(misshaped.value.faults["misshaped"]) == 2
+    for value, kind in ((np.nan, "not finite"), (0.1, "rounded")):
+        variables = convert_resnet(dict(tensors), "resnet18")
+        variables["params"]["conv1"]["kernel"] = np.full((7, 7, 3, 64), value)
+        with pytest.raises(Misfit) as misfit:
+            save_torch(variables, tmp_path / "a.safetensors")
+        assert len(misfit.value.faults[kind]) == 1
 
 
 def test_a_decoder_that_is_not_finite_is_refused(run, segmenter, monkeypatch):

@@ -1,8 +1,10 @@
 """A run that is stopped ends where it would have ended."""
 
+import errno
 import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,12 +97,15 @@ def test_a_run_that_keeps_features_and_drops_is_killed_and_ends_bit_equal(folder
         assert stop_when(often, come, signal.SIGKILL)[0] == -signal.SIGKILL
     # One number of the last checkpoint changes: the run goes on from the one before.
     damaged = stopped / "checkpoints" / str(max(numbers()))
+    # A later one that a crash left half written, without its description, is not taken for one.
+    half = damaged.with_name(f"{max(numbers()) + 1}.orbax-checkpoint-tmp")
+    shutil.copytree(damaged, half, ignore=shutil.ignore_patterns("meta", "_CHECKPOINT*", "commit*"))
     largest = max((damaged / "model").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     assert small_run.main(seldom) == 0
-    assert damaged.with_name(f"damaged-{damaged.name}").is_dir()
+    assert damaged.with_name(f"damaged-{damaged.name}").is_dir() and not writing()
 
     ends_alike(stopped, whole, updates=8)
 
@@ -127,6 +132,8 @@ def test_a_loss_that_is_not_finite_is_explained_and_what_was_saved_before_is_kep
     # The fifth update has finite numbers still, and what it leaves has not.
     assert "the loss is nan at step 6 (stage 2: everything, learning rate 1e+30; images " in said
     assert f"the checkpoints in {tmp_path / 'run'} are from before it" in said
+    assert small_run.main([*arguments(folder, tmp_path / "first"), "--learning-rate", "1e30", "1e30"]) == 1
+    assert "nothing was saved before it" in capsys.readouterr().err
     state = last_state(tmp_path / "run")
     assert int(state.step) == 4 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     # The images of the second batch of that stage, by name.
@@ -138,6 +145,26 @@ def test_a_loss_that_is_not_finite_is_explained_and_what_was_saved_before_is_kep
         small_run.main([*argv, "--debug-nans"])
     with pytest.raises(FloatingPointError, match=r"invalid value \(nan\) encountered in"):
         small_run.main([*argv, "--debug-nans"])
+
+
+def test_a_disk_that_fills_up_ends_a_run_which_goes_on_when_there_is_room(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "ResNet", small_run.SmallEncoder)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert small_run.main(arguments(folder, whole)) == 0
+    calls, check_space = [], checkpoint._check_space
+
+    def fill_up(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # in the second stage
+            raise OSError(errno.ENOSPC, "No space left on device")
+        check_space(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_check_space", fill_up)
+    assert small_run.main(arguments(folder, stopped)) == 1
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert f"No space left on device; the same command with --workdir {stopped} goes on" in said
+    assert small_run.main(arguments(folder, stopped)) == 0
+    ends_alike(stopped, whole, updates=8)
 
 
 def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path, monkeypatch, capsys):
