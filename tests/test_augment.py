@@ -210,3 +210,8 @@ def test_no_jitter_changes_nothing_at_all():
 def test_an_impossible_jitter_is_refused(strength):
     with pytest.raises(ValueError, match="four numbers from 0 up"):
         random_jitter(jax.random.key(0), make_example()[0], strength)
+
+
+def test_the_hue_may_turn_half_way_round():
+    image, _ = make_example()
+    assert random_jitter(jax.random.key(0), image, (0, 0, 0, 0.5)).shape == image.shape
