@@ -206,7 +206,9 @@ def test_no_jitter_changes_nothing_at_all():
     np.testing.assert_array_equal(changed, image)
 
 
-@pytest.mark.parametrize("strength", [(-0.1, 0, 0, 0), (0, 0, 0, 0.6), (0, 0, float("nan"), 0), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "strength", [(-0.1, 0, 0, 0), (0, 0, 0, 0.6), (0, 0, float("nan"), 0), (float("inf"), 0, 0, 0), (1, 1, 1)]
+)
 def test_an_impossible_jitter_is_refused(strength):
     with pytest.raises(ValueError, match="four numbers from 0 up"):
         random_jitter(jax.random.key(0), make_example()[0], strength)
