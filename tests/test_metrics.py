@@ -37,6 +37,11 @@ def test_the_host_counts_what_the_device_does():
     np.testing.assert_array_equal(counts, metrics.confusion_matrix(label, prediction, 4))
 
 
+def test_on_the_host_too_classes_that_are_absent_have_their_rows():
+    label, prediction = np.array([[0, 1, 255]]), np.array([[0, 0, 2]])
+    np.testing.assert_array_equal(metrics.confusion_on_host(label, prediction, 3), [[1, 0, 0], [1, 0, 0], [0, 0, 0]])
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_iou_is_intersection_over_union_of_the_pixels(seed):
     """As an evaluation script has it: for each class, the pixels that both have over those that either has."""
