@@ -88,7 +88,7 @@ def work_in(processes: Processes, settings: Settings, work: Callable[[Processes,
     except BrokenPipeError:
         raise
     except UnfinishedError as error:
-        print(f"error: {error}; {how_to_go_on(settings.workdir)}", file=sys.stderr)
+        print(f"error: {error}; {how_to_go_on(processes, settings.workdir)}", file=sys.stderr)
         return 1
     except (Mistake, UnreadableFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -96,12 +96,10 @@ def work_in(processes: Processes, settings: Settings, work: Callable[[Processes,
     except FloatingPointError as error:
         if settings.debug_nans:
             raise  # the traceback is what was asked for
-        kept = f"the checkpoints in {settings.workdir} are from before it"
-        kept = kept if _holds_checkpoints(settings.workdir) else "nothing was saved before it"
-        print(f"error: {error}; {kept}", file=sys.stderr)
+        print(f"error: {error}; {what_is_kept(processes, settings.workdir)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as signal:
-        print(f"\nstopped; {how_to_go_on(settings.workdir)}", file=sys.stderr)
+        print(f"\nstopped; {how_to_go_on(processes, settings.workdir)}", file=sys.stderr)
         return 143 if isinstance(signal, Terminated) else 130
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
@@ -113,11 +111,11 @@ def work_in(processes: Processes, settings: Settings, work: Callable[[Processes,
             raise
         reason = str(error).splitlines()[0]
         lost = f"another process of the run has ended, or cannot be reached ({reason})"
-        print(f"error: {lost}; {how_to_go_on(settings.workdir)}", file=sys.stderr)
+        print(f"error: {lost}; {how_to_go_on(processes, settings.workdir)}", file=sys.stderr)
         return 1
     if stopped is not None:
         if processes.first:
-            print(f"stopped, and saved; {how_to_go_on(settings.workdir)}", file=sys.stderr)
+            print(f"stopped, and saved; {how_to_go_on(processes, settings.workdir)}", file=sys.stderr)
         return 128 + stopped
     return 0
 
@@ -165,11 +163,22 @@ class UnfinishedError(Exception):
     """What began can be gone on with, when a person has put right what this says in a line."""
 
 
-def how_to_go_on(workdir: pathlib.Path) -> str:
-    """What a person can do after a run has ended early."""
+def how_to_go_on(processes: Processes, workdir: pathlib.Path) -> str:
+    """What a person can do after a run has ended early; only the first process is sure to see the workdir."""
+    if not processes.first:
+        return "the same command goes on from what the first process has saved"
     if _holds_checkpoints(workdir):
         return f"the same command with --workdir {workdir} goes on from the last checkpoint"
     return "nothing was saved yet: the same command begins anew"
+
+
+def what_is_kept(processes: Processes, workdir: pathlib.Path) -> str:
+    """What a person still has after a run has diverged; only the first process is sure to see the workdir."""
+    if not processes.first:
+        return "the first process says what was saved before it"
+    if _holds_checkpoints(workdir):
+        return f"the checkpoints in {workdir} are from before it"
+    return "nothing was saved before it"
 
 
 def _holds_checkpoints(workdir: pathlib.Path) -> bool:

@@ -23,7 +23,8 @@ from experiments import baseline, improved
 from experiments import prepare as preparing
 from experiments.datasets import find_data
 from experiments.prepare import prepare
-from experiments.run import how_to_go_on
+from experiments.processes import ALONE, Processes
+from experiments.run import how_to_go_on, what_is_kept
 from experiments.settings import Options, complete, differences, parse, to_json
 from experiments.workdir import differ
 from jaxseg import checkpoint
@@ -484,9 +485,15 @@ def test_images_that_fill_no_batch_are_told_of_and_missing_letters_in_one_line(f
 
 
 def test_a_run_that_saved_nothing_is_not_said_to_go_on(tmp_path):
-    assert "begins anew" in how_to_go_on(tmp_path)
+    assert "begins anew" in how_to_go_on(ALONE, tmp_path)
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    assert f"--workdir {tmp_path} goes on" in how_to_go_on(tmp_path)
+    assert f"--workdir {tmp_path} goes on" in how_to_go_on(ALONE, tmp_path)
+
+
+def test_a_process_that_may_not_see_the_workdir_says_nothing_of_what_is_in_it(tmp_path):
+    second = Processes(1, 2)
+    assert "begins anew" not in how_to_go_on(second, tmp_path)
+    assert "nothing was saved" in what_is_kept(ALONE, tmp_path) and "nothing" not in what_is_kept(second, tmp_path)
 
 
 def test_a_run_of_another_decoder_differs_and_an_older_one_that_does_not_say_does_not():
