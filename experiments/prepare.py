@@ -116,6 +116,7 @@ def prepare(
             max_degrees=settings.max_degrees,
             flip=settings.flip,
             jitter=settings.jitter,
+            encoder_rate=settings.encoder_rate,
         )
         for index in range(2)
         if settings.epochs[index]

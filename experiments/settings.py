@@ -26,6 +26,7 @@ class Recipe:
     decoder_init: Literal["he", "prior"]
     max_degrees: float = 0.0
     dropout: tuple[float, float] = (0.0, 0.0)
+    encoder_rate: float = 1.0
 
 
 # What the search on CamVid found, experiments/CAMVID.md, at the report's image size.
@@ -92,6 +93,9 @@ class Options(DataOptions):
     """Epochs of stage 1 (encoder frozen) and of stage 2 (everything trains); 0 leaves a stage out."""
     learning_rate: tuple[float, float] | None = None
     """Adam's learning rate in stage 1 and in stage 2."""
+    encoder_rate: float | None = None
+    """The encoder's learning rate in stage 2 as a share of --learning-rate's: 0.1 lets a decoder with batch norm learn
+    ten times as fast as the weights that the encoder brought along."""
     schedule: Literal["constant", "cosine"] | None = None
     """The learning rate over a stage: constant, or up in its first twentieth and along a cosine down to 0."""
     adam_b2: float | None = None
@@ -161,6 +165,7 @@ class Settings(Options):
     decoder_init: Literal["he", "prior"]
     max_degrees: float
     dropout: tuple[float, float]
+    encoder_rate: float = 1.0
     workdir: pathlib.Path
 
 
@@ -254,7 +259,8 @@ def _as_json(value: Any) -> Any:
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """The options in which two `to_json` differ and by which their runs would: "--seed 1 there, 0 here"."""
     # An option that an older version did not have was as it is by default now.
-    defaults = {field.name: _as_json(field.default) for field in dataclasses.fields(Options)}
+    fields = [field for field in dataclasses.fields(Settings) if field.default is not dataclasses.MISSING]
+    defaults = {field.name: _as_json(field.default) for field in fields}
     there, here = defaults | there, defaults | here
     return [
         f"--{name.replace('_', '-')} {there.get(name)} there, {here.get(name)} here"
@@ -269,7 +275,7 @@ def _check(settings: Settings) -> None:
             f"--image-size must be from 1 to {_LARGEST} pixels, not {settings.image_size[0]} {settings.image_size[1]}"
         )
     positive: list[tuple[str, float]] = [("--learning-rate", value) for value in settings.learning_rate]
-    positive.append(("--save-minutes", settings.save_minutes))
+    positive += [("--encoder-rate", settings.encoder_rate), ("--save-minutes", settings.save_minutes)]
     for option, value in [*positive, ("--batch-size", settings.batch_size)]:
         if not 0 < value < math.inf:
             raise ValueError(f"{option} must be above 0 and finite, not {value}")

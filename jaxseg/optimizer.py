@@ -6,18 +6,20 @@ import jax
 import optax
 
 
-def parameter_labels(params: Any, freeze_encoder: bool) -> Any:
-    """Names each parameter's fate: 'frozen' below the top-level key 'encoder' when it is frozen, else 'train'.
+def parameter_labels(params: Any, freeze_encoder: bool, own_rate: bool = False) -> Any:
+    """Names each parameter's fate: 'train', but below the top-level key 'encoder' 'frozen' or 'encoder' if so asked.
 
     Args:
       params: the segmenter's parameters, {'encoder': ..., 'decoder': ...}.
       freeze_encoder: whether the encoder's parameters stay as they are.
+      own_rate: whether those that do not have a learning rate of their own.
 
     Returns:
       A tree of the same structure with a str for each leaf: every parameter has exactly one label.
     """
+    encoder = "frozen" if freeze_encoder else "encoder" if own_rate else "train"
     return {
-        part: jax.tree.map(lambda _, part=part: "frozen" if freeze_encoder and part == "encoder" else "train", tree)
+        part: jax.tree.map(lambda _, fate=encoder if part == "encoder" else "train": fate, tree)
         for part, tree in params.items()
     }
 
@@ -43,7 +45,7 @@ def make_schedule(name: str, learning_rate: float, steps: int) -> optax.Schedule
 
 
 def make_optimizer(
-    learning_rate: optax.ScalarOrSchedule, freeze_encoder: bool, b2: float = 0.999
+    learning_rate: optax.ScalarOrSchedule, freeze_encoder: bool, b2: float = 0.999, encoder_rate: float = 1.0
 ) -> optax.GradientTransformation:
     """Adam on what trains; an update of exactly zero, and no optimizer memory, for what is frozen.
 
@@ -51,9 +53,14 @@ def make_optimizer(
       learning_rate: Adam's step size, or a schedule of the stage's step.
       freeze_encoder: whether the encoder's parameters stay as they are.
       b2: the decay of Adam's mean of squared gradients, in [0, 1).
+      encoder_rate: the encoder's learning rate, while it trains, as a share of `learning_rate`.
 
     Returns:
-      The transformation; its state's structure depends on `freeze_encoder`, so each stage needs its own `init`.
+      The transformation; its state's structure depends on `freeze_encoder`, and on whether `encoder_rate` is 1, so each
+      stage needs its own `init`.
     """
+    own_rate = encoder_rate != 1
     transforms = {"train": optax.adam(learning_rate, b2=b2), "frozen": optax.set_to_zero()}
-    return optax.multi_transform(transforms, lambda params: parameter_labels(params, freeze_encoder))
+    if own_rate:
+        transforms["encoder"] = optax.chain(optax.adam(learning_rate, b2=b2), optax.scale(encoder_rate))
+    return optax.multi_transform(transforms, lambda params: parameter_labels(params, freeze_encoder, own_rate))

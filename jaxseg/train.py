@@ -62,6 +62,7 @@ class Stage:
       max_degrees: each image is rotated by an angle drawn up to it, in either direction.
       flip: each image is mirrored in half of the draws.
       jitter: how far each image's brightness, contrast, saturation and hue are changed; see `random_jitter`.
+      encoder_rate: the encoder's learning rate as a share of `learning_rate`.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Stage:
     max_degrees: float = 0.0
     flip: bool = False
     jitter: tuple[float, float, float, float] = NO_JITTER
+    encoder_rate: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

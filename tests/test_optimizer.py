@@ -18,6 +18,8 @@ def test_every_parameter_has_a_label():
     labels = parameter_labels(PARAMS, freeze_encoder=True)
     assert labels == {"encoder": {"conv": {"kernel": "frozen"}, "bn": {"bias": "frozen"}}, "decoder": {"w": "train"}}
     assert set(jax.tree.leaves(parameter_labels(PARAMS, freeze_encoder=False))) == {"train"}
+    labels = parameter_labels(PARAMS, freeze_encoder=False, own_rate=True)
+    assert labels == {"encoder": {"conv": {"kernel": "encoder"}, "bn": {"bias": "encoder"}}, "decoder": {"w": "train"}}
     # Only what is called so is the encoder.
     assert parameter_labels({"encoders": 0, "neck": 0}, freeze_encoder=True) == {"encoders": "train", "neck": "train"}
 
@@ -56,6 +58,30 @@ def test_steps_equal_pytorchs_adam(b2):
         theirs.grad = torch.tensor(gradient)
         adam.step()
     np.testing.assert_allclose(params["decoder"]["w"], theirs.detach().numpy(), rtol=1e-6)
+
+
+def test_an_encoder_of_its_own_rate_moves_as_pytorchs_group_of_that_rate_does():
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
+    names = ("encoder", "decoder")
+    theirs = {name: torch.nn.Parameter(torch.ones(4)) for name in names}
+    groups = [{"params": [theirs["encoder"]], "lr": 1e-3}, {"params": [theirs["decoder"]]}]
+    adam = torch.optim.Adam(groups, 1e-2)
+    params = {name: jnp.ones(4) for name in names}
+    tx = make_optimizer(optax.constant_schedule(1e-2), False, encoder_rate=0.1)
+    state = tx.init(params)
+    for step in range(5):
+        gradients = dict(zip(names, np.random.default_rng(step).normal(size=(2, 4)).astype(np.float32), strict=True))
+        updates, state = tx.update({name: jnp.array(value) for name, value in gradients.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, gradient in gradients.items():
+            theirs[name].grad = torch.tensor(gradient)
+        adam.step()
+    for name in names:
+        np.testing.assert_allclose(params[name], theirs[name].detach().numpy(), rtol=1e-6)
+    # With the encoder frozen there is nothing that the rate could be of.
+    frozen = make_optimizer(1e-2, True, encoder_rate=0.1)
+    updates, _ = frozen.update(params, frozen.init(params), params)
+    assert not updates["encoder"].any() and updates["decoder"].all()
 
 
 def test_schedules():

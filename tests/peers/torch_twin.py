@@ -134,8 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     best, best_state = None, None
     for number, stage in prepared.stages.items():
         batches = iter(loader.train_batches(splits["train"], seed=2 * settings.seed + number, **sizes))
-        parameters = model.decoder.parameters() if stage.freeze_encoder else model.parameters()
         # LambdaLR multiplies the optimizer's own rate, which is therefore 1.
+        parameters = [{"params": model.decoder.parameters()}]
+        if not stage.freeze_encoder:
+            parameters.append({"params": model.encoder.parameters(), "lr": stage.encoder_rate})
         adam = torch.optim.Adam(parameters, 1.0, betas=(0.9, settings.adam_b2))
         rate = optimizer.make_schedule(stage.schedule, stage.learning_rate, stage.epochs * steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step, rate=rate: float(rate(step)))
