@@ -14,7 +14,7 @@ import tyro
 
 from experiments.datasets import short_name
 from experiments.memory import keep_freed_memory
-from experiments.settings import Options, Settings, check_seed, complete, read_options
+from experiments.settings import Options, Settings, check_seed, complete, describe_schedule, read_options
 from jaxseg.files import replacing
 
 
@@ -214,7 +214,7 @@ def describe(settings: Settings, summary: list[dict[str, Any]]) -> str:
     parts = [
         f"{short_name(settings.dataset)} at {settings.image_size[0]}x{settings.image_size[1]}, {settings.encoder}",
         f"batch {settings.batch_size}; epochs: {one} with the encoder frozen, then {two}, or {one + two} of everything",
-        f"learning rates {settings.learning_rate[0]:g} and {settings.learning_rate[1]:g} ({settings.schedule})",
+        "learning rates {:g} and {:g}".format(*settings.learning_rate) + f" ({describe_schedule(settings)})",
         f"rotation up to {settings.max_degrees:g} degrees, dropout {settings.dropout[1]:g}",
         f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}",
     ]

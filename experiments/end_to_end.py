@@ -15,7 +15,7 @@ import tyro
 
 from experiments.datasets import short_name
 from experiments.memory import keep_freed_memory
-from experiments.settings import Options, Settings, complete, read_options
+from experiments.settings import Options, Settings, complete, describe_schedule, read_options
 from jaxseg.files import replacing
 
 # Where the report has the same.
@@ -117,7 +117,8 @@ def describe(settings: Settings) -> str:
     """The budget, and what the numbers are."""
     parts = [
         f"{short_name(settings.dataset)} at {settings.image_size[0]}x{settings.image_size[1]}, {settings.encoder}",
-        f"batch {settings.batch_size}, {settings.epochs[1]} epochs of everything ({settings.schedule} learning rate)",
+        f"batch {settings.batch_size}, {settings.epochs[1]} epochs of everything",
+        f"learning rate: {describe_schedule(settings)}",
         f"rotation up to {settings.max_degrees:g} degrees, dropout {settings.dropout[1]:g}, seed {settings.seed}",
     ]
     return f"{'; '.join(parts)}.\nMean IoU of the best epoch by validation."

@@ -201,7 +201,7 @@ def _read_run(folder: pathlib.Path) -> TrainedRun:
 
 def _check_settings(settings: dict[str, Any]) -> None:
     """Raises an error of some kind unless those that are reported are there and of the right kinds."""
-    float(settings["batch_size"]), float(settings.get("max_degrees") or 0)
+    float(settings["batch_size"]), float(settings.get("max_degrees") or 0), float(settings.get("encoder_rate", 1))
     lengths = {"image_size": 2, "epochs": 2, "learning_rate": 2, "dropout": 2, "scale_range": 2, "jitter": 4}
     for name, length in lengths.items():
         # Older versions had neither dropout nor the two after it.

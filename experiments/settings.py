@@ -218,6 +218,8 @@ def _list_recipes(name: str) -> str:
 def _find_recipe(name: str, kind: str, quick: bool = False) -> Recipe:
     """An experiment's recipe for a kind of data set: all but the baseline start from the improved model's."""
     recipe = RECIPES["baseline" if name == "baseline" else "improved", kind]
+    if name == "end_to_end":  # everything at one rate
+        recipe = dataclasses.replace(recipe, encoder_rate=1.0)
     return dataclasses.replace(recipe, **_QUICK) if quick else recipe
 
 
@@ -243,6 +245,12 @@ def complete(options: Options, name: str) -> Settings:
     if name == "baseline" and any(settings.dropout):
         raise ValueError("--dropout is for the improved model: the baseline has none")
     return settings
+
+
+def describe_schedule(settings: Settings) -> str:
+    """The schedule of the learning rate, and what the encoder has of it where that is not all."""
+    own = f", the encoder's {settings.encoder_rate:g} of it" if settings.encoder_rate != 1 else ""
+    return f"{settings.schedule}{own}"
 
 
 def to_json(settings: Settings) -> dict[str, Any]:

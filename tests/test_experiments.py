@@ -290,6 +290,7 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
         (["--num-classes", "5"], "--num-classes is for folders"),
         (["--dataset", "folder:x", "--weights", "none", "--num-classes", "1"], "--num-classes"),
         (["--seed", "-1"], "--seed"),
+        (["--encoder-rate", "0"], "--encoder-rate"),
         (["--adam-b2", "1"], "--adam-b2"),
         (["--seed", str(2**31)], "--seed"),
         (["--workdir", __file__], "is a file"),
@@ -358,11 +359,12 @@ def test_quick_is_seen_in_the_settings_and_yields_to_options_that_are_given(tmp_
 
 def test_a_run_from_before_an_option_goes_on_at_the_options_default():
     settings = complete(Options(), "baseline")
-    new = {"eval_size", "augment", "scale_range", "flip", "jitter"}
+    new = {"eval_size", "augment", "scale_range", "flip", "jitter", "encoder_rate"}
     there = {name: value for name, value in json.loads(json.dumps(to_json(settings))).items() if name not in new}
     assert differences(there, to_json(settings)) == []
-    here = to_json(dataclasses.replace(settings, flip=True, jitter=(0.1, 0.0, 0.0, 0.0)))
+    here = to_json(dataclasses.replace(settings, flip=True, jitter=(0.1, 0.0, 0.0, 0.0), encoder_rate=0.1))
     assert differences(there, here) == [
+        "--encoder-rate 1.0 there, 0.1 here",
         "--flip False there, True here",
         "--jitter [0.0, 0.0, 0.0, 0.0] there, [0.1, 0.0, 0.0, 0.0] here",
     ]
