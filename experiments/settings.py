@@ -41,15 +41,17 @@ _BASELINE = {
     "tfds": _PRETRAINED,
 }
 # The report gives the baseline's and the improved model's parts, the rotation by up to 30 degrees, the image size, and
-# that stage 1 has the improved model's higher learning rate; epochs, rates, batch size and dropout rate are ours.
+# that stage 2 has a smaller learning rate, which here the encoder has; epochs, rates, batch size and dropout are ours.
 _IMPROVED = {
-    kind: dataclasses.replace(recipe, learning_rate=(3e-3, 1e-3), max_degrees=30.0, dropout=(0.0, 0.2))
+    kind: dataclasses.replace(
+        recipe, learning_rate=(1e-2, 1e-2), encoder_rate=0.1, max_degrees=30.0, dropout=(0.0, 0.2)
+    )
     for kind, recipe in _BASELINE.items()
 }
 # By experiment and kind of data set.
 RECIPES = {("baseline", kind): recipe for kind, recipe in _BASELINE.items()}
 RECIPES |= {("improved", kind): recipe for kind, recipe in _IMPROVED.items()}
-RECIPES["improved", "shapes"] = dataclasses.replace(_IMPROVED["shapes"], learning_rate=(1e-3, 1e-3))
+RECIPES["improved", "shapes"] = dataclasses.replace(_IMPROVED["shapes"], learning_rate=(1e-3, 1e-3), encoder_rate=1.0)
 RECIPES["improved", "camvid"] = dataclasses.replace(_IMPROVED["camvid"], max_degrees=10.0, dropout=(0.0, 0.1))
 
 
