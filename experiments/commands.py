@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments import compare, filtering
 from experiments.datasets import options_of
-from experiments.settings import Options, complete, to_json
+from experiments.settings import Options, complete, older_defaults, to_json
 
 # Options without influence on what is reported.
 _SILENT = {"save_minutes", "summary", "debug_nans", "distributed", "coordinator", "num_processes", "process_id"}
@@ -26,6 +26,8 @@ def to_command(
       positional: what comes first.
     """
     usual = _usual(experiment, settings)
+    if experiment not in ("filtering", "compare"):
+        settings = {**older_defaults(), **settings}
     given = {
         name: value
         for name, value in settings.items()

@@ -166,7 +166,7 @@ class UnfinishedError(Exception):
 def how_to_go_on(processes: Processes, workdir: pathlib.Path) -> str:
     """What a person can do after a run has ended early; only the first process is sure to see the workdir."""
     if not processes.first:
-        return "the same command goes on from what the first process has saved"
+        return "the same command goes on from what the first process has saved, if anything"
     if _holds_checkpoints(workdir):
         return f"the same command with --workdir {workdir} goes on from the last checkpoint"
     return "nothing was saved yet: the same command begins anew"
@@ -175,7 +175,7 @@ def how_to_go_on(processes: Processes, workdir: pathlib.Path) -> str:
 def what_is_kept(processes: Processes, workdir: pathlib.Path) -> str:
     """What a person still has after a run has diverged; only the first process is sure to see the workdir."""
     if not processes.first:
-        return "the first process says what was saved before it"
+        return "the first process knows what was saved before it"
     if _holds_checkpoints(workdir):
         return f"the checkpoints in {workdir} are from before it"
     return "nothing was saved before it"

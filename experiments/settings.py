@@ -29,7 +29,7 @@ class Recipe:
     encoder_rate: float = 1.0
 
 
-# What the search on CamVid found, experiments/CAMVID.md, at the report's image size.
+# The report's image size; the rest as the search on CamVid (experiments/CAMVID.md) found it at smaller ones.
 _PRETRAINED = Recipe((352, 448), 8, (5, 20), (1e-3, 1e-3), "cosine", 0.999, "he")
 _BASELINE = {
     # The encoder starts from random numbers, and it has to fit into ten minutes on two CPU cores. Its features are of
@@ -41,7 +41,8 @@ _BASELINE = {
     "tfds": _PRETRAINED,
 }
 # The report gives the baseline's and the improved model's parts, the rotation by up to 30 degrees, the image size, and
-# that stage 2 has a smaller learning rate, which here the encoder has; epochs, rates, batch size and dropout are ours.
+# that stage 2 has a smaller learning rate, which here a pretrained encoder alone has; epochs, rates, batch size and
+# dropout are ours.
 _IMPROVED = {
     kind: dataclasses.replace(
         recipe, learning_rate=(1e-2, 1e-2), encoder_rate=0.1, max_degrees=30.0, dropout=(0.0, 0.2)
@@ -94,7 +95,8 @@ class Options(DataOptions):
     epochs: tuple[int, int] | None = None
     """Epochs of stage 1 (encoder frozen) and of stage 2 (everything trains); 0 leaves a stage out."""
     learning_rate: tuple[float, float] | None = None
-    """Adam's learning rate in stage 1 and in stage 2."""
+    """Adam's learning rate in stage 1 and in stage 2: the decoder's, and in stage 2, times --encoder-rate, the
+    encoder's."""
     encoder_rate: float | None = None
     """The encoder's learning rate in stage 2 as a share of --learning-rate's: 0.1 lets a decoder with batch norm learn
     ten times as fast as the weights that the encoder brought along."""
@@ -167,7 +169,7 @@ class Settings(Options):
     decoder_init: Literal["he", "prior"]
     max_degrees: float
     dropout: tuple[float, float]
-    encoder_rate: float = 1.0
+    encoder_rate: float = 1.0  # what a run had before there was this option
     workdir: pathlib.Path
 
 
@@ -251,7 +253,7 @@ def complete(options: Options, name: str) -> Settings:
 
 def describe_schedule(settings: Settings) -> str:
     """The schedule of the learning rate, and what the encoder has of it where that is not all."""
-    own = f", the encoder's {settings.encoder_rate:g} of it" if settings.encoder_rate != 1 else ""
+    own = f", the encoder's in stage 2 {settings.encoder_rate:g} of it" if settings.encoder_rate != 1 else ""
     return f"{settings.schedule}{own}"
 
 
@@ -266,12 +268,14 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, pathlib.Path) else value
 
 
+def older_defaults() -> dict[str, Any]:
+    """What an option was, as JSON has it, in a run of a version that did not have it: its default in `Settings`."""
+    return {field.name: _as_json(field.default) for field in dataclasses.fields(Settings)}
+
+
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """The options in which two `to_json` differ and by which their runs would: "--seed 1 there, 0 here"."""
-    # An option that an older version did not have was as it is by default now.
-    fields = [field for field in dataclasses.fields(Settings) if field.default is not dataclasses.MISSING]
-    defaults = {field.name: _as_json(field.default) for field in fields}
-    there, here = defaults | there, defaults | here
+    there, here = older_defaults() | there, older_defaults() | here
     return [
         f"--{name.replace('_', '-')} {there.get(name)} there, {here.get(name)} here"
         for name in sorted((there.keys() | here.keys()) - _FREE)

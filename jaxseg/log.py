@@ -32,8 +32,9 @@ COLUMNS = ("kind", "stage", "epoch", "step", "loss", "learning_rate", "mean_iou"
 class MetricsLog:
     """Appends rows to `workdir/metrics.csv` and the same numbers to TensorBoard events in `workdir/events`.
 
-    A row of kind 'step' has the loss and the learning rate of one update; one of kind 'epoch' has the mean loss of the
-    epoch, the validation mean IoU, each class's IoU (empty where it does not occur), and the epoch's seconds.
+    A row of kind 'step' has the loss and the decoder's learning rate of one update; one of kind 'epoch' has the mean
+    loss of the epoch, the validation mean IoU, each class's IoU (empty where it does not occur), and the epoch's
+    seconds.
 
     Args:
       workdir: an existing folder.

@@ -7,12 +7,12 @@ import optax
 
 
 def parameter_labels(params: Any, freeze_encoder: bool, own_rate: bool = False) -> Any:
-    """Names each parameter's fate: 'train', but below the top-level key 'encoder' 'frozen' or 'encoder' if so asked.
+    """Names each parameter's fate: 'train'; below the top-level key 'encoder' 'frozen' or, with `own_rate`, 'encoder'.
 
     Args:
       params: the segmenter's parameters, {'encoder': ..., 'decoder': ...}.
       freeze_encoder: whether the encoder's parameters stay as they are.
-      own_rate: whether those that do not have a learning rate of their own.
+      own_rate: whether the encoder's, unless they are frozen, have a learning rate of their own.
 
     Returns:
       A tree of the same structure with a str for each leaf: every parameter has exactly one label.
@@ -56,10 +56,10 @@ def make_optimizer(
       encoder_rate: the encoder's learning rate, while it trains, as a share of `learning_rate`.
 
     Returns:
-      The transformation; its state's structure depends on `freeze_encoder`, and on whether `encoder_rate` is 1, so each
-      stage needs its own `init`.
+      The transformation; its state's structure depends on `freeze_encoder`, so each stage needs its own `init`, and on
+      whether a training encoder has the same rate.
     """
-    own_rate = encoder_rate != 1
+    own_rate = encoder_rate != 1 and not freeze_encoder
     transforms = {"train": optax.adam(learning_rate, b2=b2), "frozen": optax.set_to_zero()}
     if own_rate:
         transforms["encoder"] = optax.chain(optax.adam(learning_rate, b2=b2), optax.scale(encoder_rate))

@@ -62,7 +62,7 @@ class Stage:
       max_degrees: each image is rotated by an angle drawn up to it, in either direction.
       flip: each image is mirrored in half of the draws.
       jitter: how far each image's brightness, contrast, saturation and hue are changed; see `random_jitter`.
-      encoder_rate: the encoder's learning rate as a share of `learning_rate`.
+      encoder_rate: the encoder's learning rate, while it trains, as a share of `learning_rate`.
     """
 
     name: str

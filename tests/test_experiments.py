@@ -343,12 +343,36 @@ def test_what_is_not_given_comes_from_the_recipe_of_the_data_set():
     assert report.workdir.name.startswith("baseline-street scenes-")
 
 
+def test_a_pretrained_encoder_under_batch_norm_learns_slower_than_its_decoder():
+    def rates(dataset, name):
+        settings = complete(Options(dataset=dataset, weights="none"), name)
+        return settings.learning_rate[1], settings.encoder_rate
+
+    assert rates("folder:a", "improved") == rates("camvid", "ablation") == (1e-2, 0.1)
+    assert {rates("shapes", "improved")[1], rates("voc9", "end_to_end")[1], rates("voc9", "baseline")[1]} == {1.0}
+
+
+def test_the_encoders_rate_reaches_the_run(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preparing, "ResNet", small_run.SmallEncoder)
+    params = []
+    for rate in ("1", "0.1"):
+        options = ["--schedule", "constant", "--encoder-rate", rate, "--epochs", "0", "1", "--batch-size", "8"]
+        options += ["--learning-rate", "1e-3", "1e-3", "--max-degrees", "0"]
+        assert small_run.main([*arguments(folder, tmp_path / rate), *options]) == 0
+        params.append(small_run.last_state(tmp_path / rate).params)
+    assert "learning rate 0.001, the encoder's 0.0001" in capsys.readouterr().out
+    # After one update, from the same start: Adam's first step is as long as the rate, whatever the gradient.
+    apart = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), *params)
+    np.testing.assert_allclose(max(jax.tree.leaves(apart["encoder"])), 0.9e-3, rtol=1e-3)
+    assert max(jax.tree.leaves(apart["decoder"])) < 1e-6
+
+
 def test_quick_is_seen_in_the_settings_and_yields_to_options_that_are_given(tmp_path, capsys):
     quick = complete(Options(quick=True), "improved")
     assert (quick.dataset, quick.image_size, quick.epochs) == ("shapes:small", (64, 96), (1, 2))
     usual = complete(Options(), "improved")
     # All that makes the experiment what it is stays.
-    for name in ("max_degrees", "dropout", "learning_rate", "schedule", "encoder"):
+    for name in ("max_degrees", "dropout", "learning_rate", "schedule", "encoder", "encoder_rate"):
         assert getattr(quick, name) == getattr(usual, name)
     given = complete(Options(quick=True, dataset="folder:a", weights="none", epochs=(0, 5), batch_size=2), "baseline")
     assert (given.dataset, given.epochs, given.batch_size, given.image_size) == ("folder:a", (0, 5), 2, (64, 96))

@@ -347,6 +347,13 @@ def test_the_command_gives_the_settings_back(experiment, argv):
     assert {**again, "save_minutes": 0} == {**written, "save_minutes": 0}
 
 
+def test_the_command_of_a_run_from_before_an_option_gives_what_it_was_then():
+    given = settings.parse("improved", "", ["--dataset", "folder:a", "--num-classes", "2", "--weights", "none"])
+    written = json.loads(json.dumps(to_json(given)))
+    assert written.pop("encoder_rate") == 0.1
+    assert "--encoder-rate 1.0" in to_command("improved", written)
+
+
 def test_text_is_escaped_and_markup_is_not():
     assert element("p", "a<b", Html("<i>"), class_='"') == '<p class="&quot;">a&lt;b<i></p>'
     assert "<td>&amp;</td>" in table(["", ""], [["<", "&"]]) and '<th scope="row">&lt;</th>' in table([""], [["<"]])

@@ -113,7 +113,7 @@ def test_a_run_that_keeps_features_and_drops_is_killed_and_ends_bit_equal(folder
 def test_one_that_rotates_and_drops_is_killed_and_ends_bit_equal(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "ResNet", small_run.SmallEncoder)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    options = ["--max-degrees", "30", "--epochs", "1", "2"]
+    options = ["--max-degrees", "30", "--epochs", "1", "2", "--encoder-rate", "0.1"]
     assert small_run.main([*arguments(folder, whole), *options]) == 0
     options += ["--save-minutes", "1e-9"]
     code, _ = stop_when([*arguments(folder, stopped), *options], lambda: len(rows(stopped)) > 6, signal.SIGKILL)
