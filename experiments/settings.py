@@ -95,8 +95,8 @@ class Options(DataOptions):
     epochs: tuple[int, int] | None = None
     """Epochs of stage 1 (encoder frozen) and of stage 2 (everything trains); 0 leaves a stage out."""
     learning_rate: tuple[float, float] | None = None
-    """Adam's learning rate in stage 1 and in stage 2: the decoder's, and in stage 2, times --encoder-rate, the
-    encoder's."""
+    """Adam's learning rate in stage 1 and in stage 2: the decoder's, of which the encoder has the share that the next
+    option gives."""
     encoder_rate: float | None = None
     """The encoder's learning rate in stage 2 as a share of --learning-rate's: 0.1 lets a decoder with batch norm learn
     ten times as fast as the weights that the encoder brought along."""
