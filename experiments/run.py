@@ -164,21 +164,32 @@ class UnfinishedError(Exception):
 
 
 def how_to_go_on(processes: Processes, workdir: pathlib.Path) -> str:
-    """What a person can do after a run has ended early; only the first process is sure to see the workdir."""
-    if not processes.first:
-        return "the same command goes on from what the first process has saved, if anything"
-    if _holds_checkpoints(workdir):
-        return f"the same command with --workdir {workdir} goes on from the last checkpoint"
-    return "nothing was saved yet: the same command begins anew"
+    """What a person can do after a run has ended early."""
+    return _tell(
+        processes,
+        workdir,
+        saved=f"the same command with --workdir {workdir} goes on from the last checkpoint",
+        nothing="nothing was saved yet: the same command begins anew",
+        unseen="the same command goes on from what the first process has saved, if anything",
+    )
 
 
 def what_is_kept(processes: Processes, workdir: pathlib.Path) -> str:
-    """What a person still has after a run has diverged; only the first process is sure to see the workdir."""
+    """What a person still has after a run has diverged."""
+    return _tell(
+        processes,
+        workdir,
+        saved=f"the checkpoints in {workdir} are from before it",
+        nothing="nothing was saved before it",
+        unseen="the first process knows what was saved before it",
+    )
+
+
+def _tell(processes: Processes, workdir: pathlib.Path, saved: str, nothing: str, unseen: str) -> str:
+    """Which of three is true of the workdir, which only the first process is sure to see."""
     if not processes.first:
-        return "the first process knows what was saved before it"
-    if _holds_checkpoints(workdir):
-        return f"the checkpoints in {workdir} are from before it"
-    return "nothing was saved before it"
+        return unseen
+    return saved if _holds_checkpoints(workdir) else nothing
 
 
 def _holds_checkpoints(workdir: pathlib.Path) -> bool:
