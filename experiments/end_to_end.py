@@ -118,7 +118,7 @@ def describe(settings: Settings) -> str:
     parts = [
         f"{short_name(settings.dataset)} at {settings.image_size[0]}x{settings.image_size[1]}, {settings.encoder}",
         f"batch {settings.batch_size}, {settings.epochs[1]} epochs of everything",
-        f"learning rate: {describe_schedule(settings)}",
+        f"schedule: {describe_schedule(settings)}",
         f"rotation up to {settings.max_degrees:g} degrees, dropout {settings.dropout[1]:g}, seed {settings.seed}",
     ]
     return f"{'; '.join(parts)}.\nMean IoU of the best epoch by validation."
