@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from jaxseg.convolution import conv_transpose
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder, start_at_prior
-from jaxseg.layers import conv_transpose
 
 COUNTS = np.array([899, 0, 99])
 # Two layers show what five would, and compile sooner.

@@ -1,10 +1,11 @@
-"""layers.py against XLA's own operators, Flax's and PyTorch's.
+"""convolution.py and layers.py against XLA's own operators, Flax's and PyTorch's.
 
 `python -m tests.test_layers` writes PyTorch's numbers again, to tests/fixtures/layers_torch.npz.
 """
 
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxseg.layers import Conv, ConvTranspose, conv, conv_transpose, dropout, max_pool
+from jaxseg import convolution
+from jaxseg.convolution import conv, conv_transpose
+from jaxseg.layers import Conv, ConvTranspose, dropout, max_pool
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "layers_torch.npz"
 # (N, H, W, C)
-SHAPES = [(2, 6, 8, 5), (1, 1, 1, 1), (1, 7, 5, 3), (3, 1, 4, 2), (2, 9, 2, 1)]
+SHAPES = [(2, 6, 8, 5), (1, 1, 1, 1), (1, 7, 5, 3), (3, 1, 4, 2), (2, 9, 2, 1), (2, 3, 2, 64), (1, 2, 3, 257)]
 
 
 def reference_conv_transpose(x, kernel):
@@ -64,6 +67,9 @@ CONVOLUTIONS = [
     (1, 1, 2, 16, 3, 3, 1, 1),
     (2, 2, 3, 16, 3, 3, 1, 1),
     (2, 9, 2, 16, 3, 3, 2, 1),
+    (2, 4, 3, 64, 3, 3, 1, 1),
+    (2, 4, 3, 65, 3, 3, 1, 1),
+    (1, 2, 3, 65, 3, 3, 1, 2),
     (2, 4, 3, 256, 3, 3, 1, 1),
     (2, 4, 3, 257, 3, 3, 1, 1),
     (1, 2, 2, 257, 3, 3, 1, 1),
@@ -75,6 +81,8 @@ CONVOLUTIONS = [
     (2, 5, 6, 1, 1, 1, 2, 0),
     (1, 6, 7, 16, 3, 1, 1, 0),
     (1, 6, 7, 16, 1, 3, 2, 2),
+    (2, 6, 7, 16, 1, 3, 2, 2),
+    (2, 5, 7, 16, 1, 1, 2, 1),
 ]
 
 
@@ -114,6 +122,40 @@ def test_conv_equals_numpy_in_float64(case):
     x, kernel = normal(20, shape), normal(21, (rows, columns, shape[-1], 5))
     got = value_and_gradients(functools.partial(conv, strides=strides, padding=padding), x, kernel)
     assert_close(got, numpy_conv(x, kernel, strides, padding), 1e-5)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_conv_with_the_images_side_by_side_equals_numpy(case, monkeypatch):
+    monkeypatch.setattr(convolution, "_WORTH_A_COPY", 0)
+    test_conv_equals_numpy_in_float64(case)
+
+
+def test_conv_transpose_with_the_images_side_by_side_equals_lax(monkeypatch):
+    monkeypatch.setattr(convolution, "_WORTH_A_COPY", 0)
+    for shape in SHAPES:
+        test_conv_transpose_equals_lax(shape)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "size", "side_by_side"),
+    [
+        (functools.partial(conv, strides=1, padding=1), (4, 48, 56, 64), (3, 3, 64, 64), True),
+        (functools.partial(conv, strides=2, padding=1), (4, 48, 56, 64), (3, 3, 64, 128), True),
+        (functools.partial(conv, strides=1, padding=1), (1, 48, 56, 64), (3, 3, 64, 64), False),
+        (functools.partial(conv, strides=1, padding=1), (4, 24, 28, 128), (3, 3, 128, 128), False),
+        (functools.partial(conv, strides=1, padding=0), (4, 48, 56, 64), (1, 1, 64, 64), False),
+        (jax.grad(lambda x, kernel: conv(x, kernel, 1, 1).sum()), (4, 48, 56, 64), (3, 3, 64, 64), True),
+        (conv_transpose, (8, 176, 224, 32), (4, 4, 32, 16), True),
+        (conv_transpose, (4, 24, 28, 128), (4, 4, 128, 64), False),
+    ],
+)
+def test_images_lie_side_by_side_where_maps_are_narrow_and_on_cpu_only(layer, shape, size, side_by_side):
+    traced = jax.jit(layer).trace(jnp.zeros(shape), jnp.zeros(size))
+    for platform in ("cpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        inputs = re.findall(r"stablehlo\.(?:convolution|dot_general).* : \(tensor<(\d+)x", text)
+        batch = "1" if side_by_side and platform == "cpu" else str(shape[0])
+        assert set(inputs) == {batch}, platform
 
 
 def test_a_map_without_room_for_the_kernel_gives_nothing():
@@ -162,12 +204,17 @@ def test_conv_keeps_bfloat16_and_its_precision():
     ("layer", "shape", "size", "products"),
     [
         (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 16), (3, 3), 1),  # of the kernel only
-        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 256), (3, 3), 2),
+        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 65), (3, 3), 0),
+        (functools.partial(conv, strides=1, padding=2), (1, 4, 4, 65), (3, 3), 1),  # of the kernel only
+        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 256), (3, 3), 1),  # of the input only
+        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 257), (3, 3), 2),
         (functools.partial(conv, strides=2, padding=1), (1, 4, 4, 16), (3, 3), 2),
-        (conv_transpose, (1, 4, 4, 16), (4, 4), 1),
+        (conv_transpose, (1, 4, 4, 63), (4, 4), 1),  # of the kernel only
+        (conv_transpose, (1, 4, 4, 64), (4, 4), 0),
+        (conv_transpose, (1, 4, 4, 257), (4, 4), 1),
     ],
 )
-def test_gradients_are_products_on_cpu_and_convolutions_on_gpu(layer, shape, size, products):
+def test_which_gradients_are_products_on_cpu_and_none_on_gpu(layer, shape, size, products):
     @jax.jit
     def gradients(x, kernel):
         return jax.grad(lambda x, kernel: layer(x, kernel).sum(), (0, 1))(x, kernel)
@@ -474,7 +521,10 @@ if __name__ == "__main__":
 
 
 def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map():
-    """Its shifted copies, three or more of them, are made when they are needed, not in the forward pass."""
+    """Its shifted copies, three or more of them, are made when they are needed, not in the forward pass.
+
+    Besides the map XLA may keep where the ReLU let it pass, a byte for each value.
+    """
     shape = (2, 64, 64, 64)
 
     def megabytes(layers):
@@ -488,4 +538,4 @@ def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map():
         return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
     one_map = 4 * np.prod(shape) / 2**20
-    assert megabytes(8) - megabytes(4) <= 4 * one_map
+    assert megabytes(8) - megabytes(4) <= 4 * 1.3 * one_map
