@@ -46,9 +46,9 @@ class Settings:
     torch_forms: tuple[Literal["eager", "compile", "bf16"], ...] = ("eager",)
     """How PyTorch does it: eager, torch.compile, or eager under bf16 autocast; always channels_last."""
     rounds: int = 7
-    """Rounds that are measured; all programs take turns in each."""
+    """Rounds that are measured; all programs take turns in each, and begin with a step that is not measured."""
     steps: int = 5
-    """Steps in a round."""
+    """Steps in a round that are measured."""
     json: pathlib.Path | None = None
     """A file for all numbers."""
     profile: pathlib.Path | None = None
@@ -272,6 +272,8 @@ def _answer(question: str, work_on: Any, program: str, settings: Settings, work:
         with jax.profiler.trace(str(settings.profile / work)):
             work_on(settings.steps)
         return 0.0
+    # In training there is no pause, after which the memory that a step gave back would be slow to come again.
+    work_on(1)
     began = time.perf_counter()
     work_on(settings.steps)
     return time.perf_counter() - began
