@@ -216,8 +216,7 @@ def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Arra
             return jax.linear_transpose(lambda x: _conv_on_cpu(x, kernel, strides, padding), x)(g)[0]
         return _input_grad_by_products(g, kernel, (x.shape[1], x.shape[2]), strides, padding)
 
-    def kernel_grad_plain(x: jax.Array, g: jax.Array) -> jax.Array:
-        return _kernel_grad_plain(x, g, kernel.shape, strides, padding)
+    kernel_grad_plain = functools.partial(_kernel_grad_plain, shape=kernel.shape, strides=strides, padding=padding)
 
     def kernel_grad_on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
         rows, columns, channels, _ = kernel.shape
