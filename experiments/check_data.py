@@ -171,18 +171,13 @@ def _find_absent(found: Survey, labels: "Labels") -> None:
 
 
 def class_weights(found: Survey, labels: "Labels") -> "np.ndarray":
-    """(C,) float64: median frequency balancing over the training images, NaN for a class that none shows.
-
-    A class's frequency is its share of the labelled pixels of the images that show it; its weight is the median of all
-    classes' frequencies, divided by its own.
-
-    Source: Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels", 2015, section 6.3.
-    """
+    """(C,) float64: median frequency balancing over the training images, NaN for a class that none shows."""
     import numpy as np
 
-    pixels, among = (counts[: labels.num_classes] for counts in (found.pixels.get("train", np.zeros(256)), found.among))
-    frequency = np.divide(pixels, among, where=among > 0, out=np.full(labels.num_classes, np.nan))
-    return np.nanmedian(frequency) / frequency if (among > 0).any() else frequency
+    from jaxseg.data.balance import median_frequency
+
+    pixels = found.pixels.get("train", np.zeros(256, np.int64))
+    return median_frequency(pixels[: labels.num_classes], found.among[: labels.num_classes])
 
 
 def tabulate(found: Survey, labels: "Labels") -> str:
@@ -203,7 +198,10 @@ def tabulate(found: Survey, labels: "Labels") -> str:
         weight = weights[value] if value < 255 else np.nan
         rows.append([*row, "" if np.isnan(weight) else f"{weight:.3g}"])
     lines += _align(rows, "ll" + "r" * (len(header) - 2))
-    lines += ["", "weight: a suggestion by median frequency balancing (Eigen and Fergus 2015) over the training images"]
+    lines += [
+        "",
+        "weight: median frequency balancing over the training images, which --class-weights median trains with",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,9 @@ from experiments.processes import ALONE, Processes
 from experiments.settings import Settings
 from jaxseg import pretrained, train
 from jaxseg.data import loader
+from jaxseg.data.balance import median_frequency
 from jaxseg.data.labels import Labels
+from jaxseg.data.threads import map_ahead
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder, start_at_prior
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
@@ -100,11 +102,17 @@ def prepare(
     variables = initialise(make_model(0.0), settings)
     splits = open_splits()
     loader.steps_per_epoch(splits["train"], settings.batch_size)
-    if settings.decoder_init == "prior" and settings.weights_scope == "encoder":
-        counts = count_classes(splits["train"], labels.num_classes)
+    at_prior = settings.decoder_init == "prior" and settings.weights_scope == "encoder"
+    weighted = settings.class_weights != "none"
+    counts = count_classes(splits["train"], labels.num_classes) if at_prior or weighted else np.zeros((0, 0))
+    if at_prior:
         decoder = start_at_prior(variables["params"]["decoder"], counts.sum(0))
         variables = {**variables, "params": {**variables["params"], "decoder": decoder}}
         print("decoder: its first guess is the classes' frequencies (--decoder-init prior)")
+    class_weights = weigh_classes(counts, settings.class_weights) if weighted else None
+    if class_weights:
+        each = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(labels.names, class_weights, strict=True))
+        print(f"loss: a pixel's weight by its class (--class-weights {settings.class_weights}): {each}")
     names = ("stage 1: encoder frozen", "stage 2: everything")
     stages = {
         index + 1: train.Stage(
@@ -117,6 +125,7 @@ def prepare(
             flip=settings.flip,
             jitter=settings.jitter,
             encoder_rate=settings.encoder_rate,
+            class_weights=class_weights,
         )
         for index in range(2)
         if settings.epochs[index]
@@ -149,5 +158,22 @@ def initialise(model: nn.Module, settings: Settings) -> Any:
 
 def count_classes(source: Any, num_classes: int) -> np.ndarray:
     """The pixels of each class in each image of a source: (images, num_classes) int64."""
-    labels = (source.label(index) for index in range(len(source)))
-    return np.stack([np.bincount(label.ravel(), minlength=256)[:num_classes] for label in labels])
+
+    def count(index: int) -> np.ndarray:
+        return np.bincount(source.label(index).ravel(), minlength=256)[:num_classes]
+
+    return np.stack(list(map_ahead(count, range(len(source)))))
+
+
+def weigh_classes(counts: np.ndarray, rule: str) -> tuple[float, ...]:
+    """Each class's weight in the loss by a rule of --class-weights; 1 for a class that no image shows.
+
+    Args:
+      counts: (images, num_classes), from `count_classes`.
+      rule: 'median' or 'sqrt'.
+    """
+    among = np.where(counts > 0, counts.sum(1, keepdims=True), 0).sum(0)
+    weights = median_frequency(counts.sum(0), among)
+    if rule == "sqrt":
+        weights = np.sqrt(weights)
+    return tuple(np.where(np.isnan(weights), 1.0, weights).tolist())

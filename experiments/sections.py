@@ -129,6 +129,8 @@ def show_training(runs: Sequence[TrainedRun], attempts: Sequence[Part]) -> Html 
         schedule = f"Adam, b2 {run.settings.get('adam_b2')}; {run.settings.get('schedule')} learning rate"
         share = run.settings.get("encoder_rate", 1.0)
         schedule += "." if share == 1 else f", the encoder's in stage 2 {share:g} of it."
+        if (rule := run.settings.get("class_weights", "none")) != "none":
+            schedule += f" Rare classes weigh more in the loss (--class-weights {rule})."
         parts += [element("h3", run.title), element("p", schedule), table(header, rows)]
         parts.append(element("div", *curves, class_="pair"))
     for attempt in attempts:

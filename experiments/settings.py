@@ -27,6 +27,7 @@ class Recipe:
     max_degrees: float = 0.0
     dropout: tuple[float, float] = (0.0, 0.0)
     encoder_rate: float = 1.0
+    class_weights: Literal["none", "sqrt", "median"] = "none"
 
 
 # The report's image size; the rest as the search on CamVid (experiments/CAMVID.md) found it at smaller ones.
@@ -100,6 +101,10 @@ class Options(DataOptions):
     encoder_rate: float | None = None
     """The encoder's learning rate in stage 2 as a share of --learning-rate's: 0.1 lets a decoder with batch norm learn
     ten times as fast as the weights that the encoder brought along."""
+    class_weights: Literal["none", "sqrt", "median"] | None = None
+    """How much a pixel counts in the loss: `none`, all the same; `median`, by its class, the rarer the more (the median
+    of the classes' frequencies in the training labels divided by the class's own, Eigen and Fergus 2015); or `sqrt`,
+    by the square root of that."""
     schedule: Literal["constant", "cosine"] | None = None
     """The learning rate over a stage: constant, or up in its first twentieth and along a cosine down to 0."""
     adam_b2: float | None = None
@@ -169,7 +174,9 @@ class Settings(Options):
     decoder_init: Literal["he", "prior"]
     max_degrees: float
     dropout: tuple[float, float]
-    encoder_rate: float = 1.0  # what a run had before there was this option
+    # What a run had before there were these two options.
+    encoder_rate: float = 1.0
+    class_weights: Literal["none", "sqrt", "median"] = "none"
     workdir: pathlib.Path
 
 

@@ -1,12 +1,18 @@
 """Pixel cross-entropy that is right about ignored pixels."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
 
 
 def pixel_cross_entropy(
-    logits: jnp.ndarray, label: jnp.ndarray, ignore_label: int = 255, axis_name: str | None = None
+    logits: jnp.ndarray,
+    label: jnp.ndarray,
+    ignore_label: int = 255,
+    axis_name: str | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> jnp.ndarray:
     """Softmax cross-entropy in nats, averaged over the pixels that are not ignored.
 
@@ -19,17 +25,23 @@ def pixel_cross_entropy(
       label: (N, H, W) integer in [0, C) or `ignore_label`.
       ignore_label: pixels with this label count neither in the sum nor in the number.
       axis_name: the pmap axis, or None on one device.
+      class_weights: C numbers above 0, how much a pixel of each class counts in the sum and in the number; all 1 if
+        None.
 
     Returns:
       The loss: () float32; 0 with gradient 0 when no pixel is valid.
 
-    Source: equals torch.nn.functional.cross_entropy(..., ignore_index) where a pixel is valid.
+    Source: equals torch.nn.functional.cross_entropy(..., weight, ignore_index) where a pixel is valid.
     """
     valid = label != ignore_label
     # The replacement label keeps the look-up in range: a gradient through a NaN that is masked afterwards is still NaN.
     safe_label = jnp.where(valid, label, 0).astype(jnp.int32)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), safe_label)
-    count = valid.sum(dtype=jnp.int32).astype(jnp.float32)
+    if class_weights is None:
+        count = valid.sum(dtype=jnp.int32).astype(jnp.float32)
+    else:
+        weight = jnp.array(class_weights, jnp.float32)[safe_label]
+        cross_entropy, count = weight * cross_entropy, jnp.where(valid, weight, 0.0).sum()
     if axis_name is not None:
         count = jax.lax.pmean(count, axis_name)
     return jnp.where(valid, cross_entropy, 0.0).sum() / jnp.where(count > 0, count, 1.0)

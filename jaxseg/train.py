@@ -63,6 +63,7 @@ class Stage:
       flip: each image is mirrored in half of the draws.
       jitter: how far each image's brightness, contrast, saturation and hue are changed; see `random_jitter`.
       encoder_rate: the encoder's learning rate, while it trains, as a share of `learning_rate`.
+      class_weights: how much each class's pixels count in the loss; see `pixel_cross_entropy`.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Stage:
     flip: bool = False
     jitter: tuple[float, float, float, float] = NO_JITTER
     encoder_rate: float = 1.0
+    class_weights: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +143,7 @@ def train_step(
     max_degrees: float = 0.0,
     flip: bool = False,
     jitter: tuple[float, float, float, float] = NO_JITTER,
+    class_weights: tuple[float, ...] | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update by one batch, or by one device's part of it.
@@ -157,6 +160,7 @@ def train_step(
       max_degrees: see `jaxseg.augment.random_rotate`; with 0 no image is touched.
       flip: whether `jaxseg.augment.random_flip` is applied.
       jitter: see `jaxseg.augment.random_jitter`; with zeros no image is touched.
+      class_weights: see `pixel_cross_entropy`.
       axis_name: the pmap axis, or None.
 
     Returns:
@@ -183,7 +187,8 @@ def train_step(
             logits, updates = model.apply(variables, batch["features"], label.shape[1:], method="decode", **options)
         else:
             logits, updates = model.apply(variables, image, freeze_encoder=freeze_encoder, **options)
-        return pixel_cross_entropy(logits, label, axis_name=axis_name), updates["batch_stats"]
+        loss = pixel_cross_entropy(logits, label, axis_name=axis_name, class_weights=class_weights)
+        return loss, updates["batch_stats"]
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     # The mean over a single device is a copy of all gradients.
@@ -387,6 +392,7 @@ def run_stage(
         max_degrees=stage.max_degrees,
         flip=stage.flip,
         jitter=stage.jitter,
+        class_weights=stage.class_weights,
         axis_name=AXIS,
     )
     step_fn, key = pmap_step(update_step, devices, donate=True, keyed=True), replicate(key, devices)

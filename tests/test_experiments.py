@@ -367,6 +367,30 @@ def test_the_encoders_rate_reaches_the_run(folder, tmp_path, monkeypatch, capsys
     assert max(jax.tree.leaves(apart["decoder"])) < 1e-6
 
 
+@pytest.mark.parametrize("rule", ["none", "median", "sqrt"])
+def test_the_weights_of_the_classes_come_from_the_training_labels(folder, tmp_path, monkeypatch, capsys, rule):
+    monkeypatch.setattr(preparing, "ResNet", small_run.SmallEncoder)
+    settings = parse("improved", "", [*arguments(folder, tmp_path / "run"), "--class-weights", rule])
+    stages = prepare(settings, small_run.make_decoder).stages
+    labels = [np.array(Image.open(path)) for path in (folder / "train" / "seg").iterdir()]
+    # Every image shows both classes: the median of the two frequencies is 0.5.
+    shares = np.array([sum((label == k).sum() for label in labels) for k in range(2)])
+    weights = {"none": None, "median": 0.5 * shares.sum() / shares, "sqrt": np.sqrt(0.5 * shares.sum() / shares)}[rule]
+    said = capsys.readouterr().out
+    if weights is None:
+        assert stages[1].class_weights is stages[2].class_weights is None and "--class-weights" not in said
+        return
+    np.testing.assert_allclose([stages[1].class_weights, stages[2].class_weights], [weights, weights])
+    assert f"(--class-weights {rule}): dark {weights[0]:.3g}, bright {weights[1]:.3g}\n" in said
+
+
+def test_a_class_that_no_label_shows_weighs_one():
+    counts = np.array([[30, 10, 0], [40, 0, 0]])
+    # Of the pixels of the images that show it the first class has 70 of 80, the second 10 of 40; their median 0.5625.
+    np.testing.assert_allclose(preparing.weigh_classes(counts, "median"), (0.5625 / 0.875, 0.5625 / 0.25, 1.0))
+    np.testing.assert_allclose(preparing.weigh_classes(counts, "sqrt"), (np.sqrt(0.5625 / 0.875), 1.5, 1.0))
+
+
 def test_quick_is_seen_in_the_settings_and_yields_to_options_that_are_given(tmp_path, capsys):
     quick = complete(Options(quick=True), "improved")
     assert (quick.dataset, quick.image_size, quick.epochs) == ("shapes:small", (64, 96), (1, 2))
@@ -383,11 +407,13 @@ def test_quick_is_seen_in_the_settings_and_yields_to_options_that_are_given(tmp_
 
 def test_a_run_from_before_an_option_goes_on_at_the_options_default():
     settings = complete(Options(), "baseline")
-    new = {"eval_size", "augment", "scale_range", "flip", "jitter", "encoder_rate"}
+    new = {"eval_size", "augment", "scale_range", "flip", "jitter", "encoder_rate", "class_weights"}
     there = {name: value for name, value in json.loads(json.dumps(to_json(settings))).items() if name not in new}
     assert differences(there, to_json(settings)) == []
-    here = to_json(dataclasses.replace(settings, flip=True, jitter=(0.1, 0.0, 0.0, 0.0), encoder_rate=0.1))
+    changed = {"flip": True, "jitter": (0.1, 0.0, 0.0, 0.0), "encoder_rate": 0.1, "class_weights": "sqrt"}
+    here = to_json(dataclasses.replace(settings, **changed))
     assert differences(there, here) == [
+        "--class-weights none there, sqrt here",
         "--encoder-rate 1.0 there, 0.1 here",
         "--flip False there, True here",
         "--jitter [0.0, 0.0, 0.0, 0.0] there, [0.1, 0.0, 0.0, 0.0] here",

@@ -18,14 +18,19 @@ def random_case(seed, ignored=0.3, shape=(4, 5, 6), num_classes=7):
     return logits, label
 
 
+WEIGHTS = (0.1, 3.0, 1.0, 0.5, 7.0, 0.01, 2.0)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("seed", range(5))
-def test_value_and_gradient_equal_pytorch(seed):
+def test_value_and_gradient_equal_pytorch(seed, weights):
     torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
     logits, label = random_case(seed, ignored=seed / 5)
-    loss, grad = jax.jit(jax.value_and_grad(pixel_cross_entropy))(logits, label)
+    loss_fn = functools.partial(pixel_cross_entropy, class_weights=weights)
+    loss, grad = jax.jit(jax.value_and_grad(loss_fn))(logits, label)
     theirs = torch.tensor(logits, requires_grad=True)
     expected = torch.nn.functional.cross_entropy(
-        theirs.permute(0, 3, 1, 2), torch.tensor(label).long(), ignore_index=255
+        theirs.permute(0, 3, 1, 2), torch.tensor(label).long(), weights and torch.tensor(weights), ignore_index=255
     )
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
@@ -37,9 +42,16 @@ def test_uniform_logits_give_the_logarithm_of_the_number_of_classes():
     np.testing.assert_allclose(loss, np.log(9), rtol=1e-6)
 
 
-def test_no_valid_pixel_gives_zero_and_a_zero_gradient():
+def test_a_pixel_that_weighs_twice_counts_as_two():
+    logits = jnp.array([[[[0.0, 1.0], [0.0, 3.0], [0.0, 3.0]]]])
+    twice = pixel_cross_entropy(logits[:, :, :2], jnp.array([[[0, 1]]]), class_weights=(1.0, 2.0))
+    np.testing.assert_allclose(twice, pixel_cross_entropy(logits, jnp.array([[[0, 1, 1]]])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_no_valid_pixel_gives_zero_and_a_zero_gradient(weights):
     logits, label = random_case(0, ignored=1.1)
-    loss, grad = jax.value_and_grad(pixel_cross_entropy)(logits, label)
+    loss, grad = jax.value_and_grad(pixel_cross_entropy)(logits, label, class_weights=weights)
     assert loss == 0
     np.testing.assert_array_equal(grad, np.zeros_like(logits))
 
@@ -73,9 +85,10 @@ def test_more_pixels_than_a_half_precision_number_counts():
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("num_devices", [2, 4])
 @pytest.mark.parametrize("few", [False, True])
-def test_the_mean_over_devices_is_the_loss_of_the_global_batch(num_devices, few):
+def test_the_mean_over_devices_is_the_loss_of_the_global_batch(num_devices, few, weights):
     logits, label = random_case(2)
     label[0] = 255  # One device has nothing at all.
     if few:
@@ -85,11 +98,11 @@ def test_the_mean_over_devices_is_the_loss_of_the_global_batch(num_devices, few)
     split = functools.partial(lambda x: x.reshape(num_devices, -1, *x.shape[1:]))
 
     def per_device(logits, label):
-        value, grad = jax.value_and_grad(pixel_cross_entropy)(logits, label, axis_name="batch")
+        value, grad = jax.value_and_grad(pixel_cross_entropy)(logits, label, axis_name="batch", class_weights=weights)
         return jax.lax.pmean(value, "batch"), grad / num_devices
 
     devices = jax.local_devices()[:num_devices]
     loss, grad = jax.pmap(per_device, axis_name="batch", devices=devices)(split(logits), split(label))
-    expected, expected_grad = jax.value_and_grad(pixel_cross_entropy)(logits, label)
+    expected, expected_grad = jax.value_and_grad(pixel_cross_entropy)(logits, label, class_weights=weights)
     np.testing.assert_allclose(loss, np.full(num_devices, expected), rtol=1e-6)
     np.testing.assert_allclose(grad.reshape(logits.shape), expected_grad, rtol=1e-5, atol=1e-9)

@@ -354,6 +354,22 @@ def test_the_command_of_a_run_from_before_an_option_gives_what_it_was_then():
     assert "--encoder-rate 1.0" in to_command("improved", written)
 
 
+def test_the_training_says_what_else_was_unusual(tmp_path, output):
+    usual = report(make_run(tmp_path / "usual"), output=output).text
+    assert "cosine learning rate." in usual and "Rare classes" not in usual and "the encoder's in" not in usual
+    run = make_run(tmp_path / "run", "improved", encoder_rate=0.25, class_weights="sqrt")
+    text = report(run, output=tmp_path / "report.html").text
+    assert "cosine learning rate, the encoder's in stage 2 0.25 of it. Rare classes weigh more" in text
+    assert "(--class-weights sqrt)" in text
+
+
+def test_a_damaged_encoder_rate_is_the_files_fault(tmp_path, output, capsys):
+    config = make_run(tmp_path / "run") / "config.json"
+    config.write_text(config.read_text().replace('"encoder_rate": 1.0', '"encoder_rate": "fast"'))
+    assert main([str(tmp_path / "run"), "--output", str(output)]) == 2
+    assert str(config) in capsys.readouterr().err
+
+
 def test_text_is_escaped_and_markup_is_not():
     assert element("p", "a<b", Html("<i>"), class_='"') == '<p class="&quot;">a&lt;b<i></p>'
     assert "<td>&amp;</td>" in table(["", ""], [["<", "&"]]) and '<th scope="row">&lt;</th>' in table([""], [["<"]])

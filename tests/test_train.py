@@ -143,6 +143,19 @@ def test_stage_one_moves_neither_the_encoder_nor_its_statistics(variables):
     assert all(jax.tree.leaves(moved))
 
 
+def test_a_stages_class_weights_reach_the_loss(variables):
+    weights, batch, tx = np.array([0.5, 4.0, 1.5]), make_batch(0), make_optimizer(1e-2, True)
+    stage = train.Stage("a stage", 1, 1e-2, True, class_weights=tuple(weights.tolist()))
+    state = train.start_stage(variables, tx, DEVICES)
+    done, *_ = train.run_stage(MODEL, tx, state, stage, KEY, [batch], 1, evaluate, DEVICES)
+    # Nothing of the frozen encoder and of this decoder depends on whether it trains.
+    log_softmax = jax.nn.log_softmax(MODEL.apply(variables, batch["image"]))
+    valid = batch["label"] != 255
+    label = batch["label"][valid]
+    own = np.asarray(log_softmax)[valid][np.arange(len(label)), label]
+    np.testing.assert_allclose(done.loss, -(weights[label] * own).sum() / weights[label].sum(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("devices", [DEVICES[:1], DEVICES])
 def test_features_computed_before_make_the_same_steps(variables, devices):
     tx, batches = make_optimizer(1e-2, True), [make_batch(seed) for seed in range(3)]

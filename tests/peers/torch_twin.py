@@ -82,17 +82,20 @@ def load(model: Segmenter, variables) -> Segmenter:
     return model.to(memory_format=torch.channels_last)
 
 
-def train_epoch(model, adam, schedule, batches, steps: int, freeze_encoder: bool) -> float:
+def train_epoch(model, adam, schedule, batches, steps: int, stage) -> float:
     """Trains for one epoch; returns the mean loss."""
     model.train()
-    if freeze_encoder:
+    if stage.freeze_encoder:
         model.encoder.eval()
     losses = []
     for _ in range(steps):
         batch = next(batches)
         adam.zero_grad(set_to_none=True)
-        logits = model(torch.from_numpy(batch["image"]), freeze_encoder)
-        loss = functional.cross_entropy(logits, torch.from_numpy(batch["label"]).long(), ignore_index=255)
+        logits = model(torch.from_numpy(batch["image"]), stage.freeze_encoder)
+        label = torch.from_numpy(batch["label"]).long()
+        loss = functional.cross_entropy(
+            logits, label, stage.class_weights and torch.tensor(stage.class_weights), ignore_index=255
+        )
         loss.backward()
         adam.step()
         schedule.step()
@@ -143,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step, rate=rate: float(rate(step)))
         for epoch in range(1, stage.epochs + 1):
             start = time.perf_counter()
-            loss = train_epoch(model, adam, schedule, batches, steps, stage.freeze_encoder)
+            loss = train_epoch(model, adam, schedule, batches, steps, stage)
             trained = time.perf_counter() - start
             confusion = evaluate(model, eval_batches["val"](), num_classes)
             score = metrics.mean_iou(confusion)
