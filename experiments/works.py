@@ -19,7 +19,7 @@ from PIL import Image
 from jaxseg import train
 from jaxseg.data import folder, loader
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
-from jaxseg.layers import Conv, ConvTranspose
+from jaxseg.layers import BatchNorm, Conv, ConvTranspose
 from jaxseg.optimizer import make_optimizer
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
@@ -188,10 +188,10 @@ def list_layers(load: Load) -> list[Layer]:
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         output, module = call(*args, **kwargs), context.module
-        if context.method_name != "__call__" or not isinstance(module, (Conv, ConvTranspose, nn.BatchNorm)):
+        if context.method_name != "__call__" or not isinstance(module, (Conv, ConvTranspose, BatchNorm)):
             return output
         work, changes = 0.0, {}
-        if isinstance(module, nn.BatchNorm):
+        if isinstance(module, BatchNorm):
             changes = {"use_running_average": False}
         else:
             # An output of a transposed convolution sees 2x2 of its 4x4 taps.

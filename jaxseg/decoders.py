@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxseg.layers import Conv, ConvTranspose, dropout
+from jaxseg.layers import BatchNorm, Conv, ConvTranspose, dropout
 
 
 class BaselineDecoder(nn.Module):
@@ -71,11 +71,8 @@ class ImprovedDecoder(nn.Module):
         """
         for layer, width in enumerate(self.widths):
             x = ConvTranspose(width, dtype=self.dtype, name=f"conv_transpose{layer + 1}")(x)
-            # Flax's momentum 0.9 is PyTorch's 0.1. Flax keeps the biased running variance, PyTorch the unbiased one.
-            norm = nn.BatchNorm(
+            norm = BatchNorm(
                 use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
                 axis_name=self.axis_name,
                 dtype=self.dtype,
                 name=f"bn{layer + 1}",

@@ -75,6 +75,89 @@ class ConvTranspose(nn.Module):
         return conv_transpose(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with a scale and a bias for each channel.
+
+    Parameters, statistics and numbers are those of `flax.linen.BatchNorm`; the backward pass is written by hand, so
+    that it needs, and keeps in memory, nothing but the layer's input. Flax's momentum of 0.9 is PyTorch's 0.1; the
+    running variance is the biased one, what the batch was divided by, where PyTorch keeps the unbiased one.
+
+    Source: Ioffe and Szegedy 2015, "Batch normalization".
+
+    Attributes:
+      use_running_average: normalise by the running statistics, and leave them; otherwise by the batch's, and update.
+      axis_name: the pmap axis over which the batch's statistics are averaged, or None.
+      momentum: the share of the running statistics that stays.
+      epsilon: added to the variance.
+      dtype: of the output; parameters, statistics and the computation are float32 at least.
+    """
+
+    use_running_average: bool
+    axis_name: str | None = None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer to x: (..., C) float."""
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        if self.use_running_average:
+            mean, var = running_mean.value, running_var.value
+            return ((x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias).astype(self.dtype)
+        # There is no axis yet where the parameters are drawn.
+        axis_name = None if self.is_initializing() else self.axis_name
+        y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name)
+        if not self.is_initializing():
+            running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+            running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+        return y.astype(self.dtype)
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _over_devices(means: jax.Array, axis_name: str | None) -> jax.Array:
+    return means if axis_name is None else jax.lax.pmean(means, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis_name: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises x by its own statistics: y, and the mean and variance, through which no gradient passes."""
+    return _normalise_forward(x, scale, bias, epsilon, axis_name)[0]
+
+
+def _normalise_forward(x, scale, bias, epsilon, axis_name):
+    wide, axes = _at_least_float32(x), tuple(range(x.ndim - 1))
+    mean, square = _over_devices(jnp.stack([wide.mean(axes), (wide * wide).mean(axes)]), axis_name)
+    # Rounding can make the difference negative.
+    var = jnp.maximum(0.0, square - mean * mean)
+    y = (wide - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias
+    return (y, mean, var), (x, scale, mean, jax.lax.rsqrt(var + epsilon))
+
+
+def _normalise_backward(epsilon, axis_name, residuals, grads):
+    (x, scale, mean, inverse), g = residuals, grads[0]
+    axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+    bias_grad = g.sum(axes)
+    # What is not known before g is: otherwise XLA normalises x a second time in the forward pass already, and keeps it.
+    normalised = (_at_least_float32(x) - (mean + 0 * bias_grad)) * inverse
+    scale_grad = (g * normalised).sum(axes)
+    means = _over_devices(jnp.stack([bias_grad, scale_grad]) / count, axis_name)
+    x_grad = (scale * inverse) * (g - means[0] - normalised * means[1])
+    return x_grad.astype(x.dtype), scale_grad, bias_grad
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
 def _is_before(second: jax.Array, first: jax.Array) -> jax.Array:
     """Whether the second value is to be chosen."""
     return (second > first) | jnp.isnan(second)
@@ -126,7 +209,8 @@ def _max_pool_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array):
     n, height, width, channels = g.shape
     # The windows below and to the right of the last ones: none.
     after = ((0, 0), (0, 1), (0, 1), (0, 0))
-    place, g = jnp.pad(place, after, constant_values=-1), jnp.pad(g, after)
+    # Otherwise XLA would find the places anew from x, three times, and keep x until then.
+    place, g = jax.lax.optimization_barrier((jnp.pad(place, after, constant_values=-1), jnp.pad(g, after)))
 
     def phase(row: int, column: int) -> jax.Array:
         """The gradient at rows 2 i + row and columns 2 j + column, which one window in each direction sees, or two."""

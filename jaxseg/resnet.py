@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxseg.layers import Conv, max_pool
+from jaxseg.layers import BatchNorm, Conv, max_pool
 
 # He et al. 2015b, fan-out: the variance of the gradient survives a ReLU; torchvision's choice for ResNets.
 _he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -105,13 +105,9 @@ class ResNet(nn.Module):
           rounded up; e is the expansion of the variant's blocks, 1 for basic blocks and 4 for bottlenecks.
         """
         conv = functools.partial(Conv, kernel_init=_he_fan_out, dtype=self.dtype)
-        # Flax's momentum 0.9 is PyTorch's 0.1. Flax keeps the biased running variance, PyTorch the unbiased one; we
-        # keep Flax's: it is what the batch was divided by, and over millions of pixels they are the same.
         norm = functools.partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
             axis_name=self.axis_name,
             dtype=self.dtype,
         )

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from jaxseg import convolution
 from jaxseg.convolution import conv, conv_transpose
-from jaxseg.layers import Conv, ConvTranspose, dropout, max_pool
+from jaxseg.layers import BatchNorm, Conv, ConvTranspose, dropout, max_pool
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "layers_torch.npz"
 # (N, H, W, C)
@@ -312,6 +312,81 @@ def test_variance_survives_five_layers():
     assert 1 / 1.5 < np.mean(after) / (x**2).mean() < 1.5
 
 
+def batch_norm_case(shape):
+    """An input far from centred, and variables other than those at the start."""
+    x = 3 + 2 * normal(30, shape)
+    params = {"scale": 1 + normal(31, shape[-1:]), "bias": normal(32, shape[-1:])}
+    return x, {"params": params, "batch_stats": {"mean": normal(33, shape[-1:]), "var": normal(34, shape[-1:]) ** 2}}
+
+
+def apply_norm(norm, variables, x):
+    return norm.apply(variables, x, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6, 8, 5), (3, 1, 4, 2), (2, 3, 2, 64), (7, 3)])
+def test_batch_norm_equals_flax(shape, running):
+    x, variables = batch_norm_case(shape)
+    norms = BatchNorm(running), nn.BatchNorm(running, momentum=0.9, epsilon=1e-5)
+
+    def everything(norm):
+        (y, updated), pull_back = jax.vjp(functools.partial(apply_norm, norm), variables, x)
+        weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        grads, x_grad = pull_back((weight, jax.tree.map(jnp.zeros_like, updated)))
+        return y, updated, grads["params"], x_grad
+
+    ours, theirs = (jax.jit(functools.partial(everything, norm))() for norm in norms)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, theirs)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, ours, theirs))
+    drawn = [jax.jit(norm.init)(jax.random.key(0), x) for norm in norms]
+    jax.tree.map(np.testing.assert_array_equal, *drawn)
+
+
+def test_batch_norm_over_devices_is_that_of_the_whole_batch():
+    x, variables = batch_norm_case((8, 3, 4, 5))
+    weight = normal(35, x.shape)
+
+    def loss(params, x, weight, axis_name=None):
+        y, updated = apply_norm(BatchNorm(False, axis_name), variables | {"params": params}, x)
+        return jnp.vdot(y, weight), updated
+
+    grad = jax.grad(loss, (0, 1), has_aux=True)
+
+    def per_device(x, weight):
+        (params_grad, x_grad), updated = grad(variables["params"], x, weight, "batch")
+        return jax.lax.psum(params_grad, "batch"), x_grad, updated
+
+    split = [a.reshape(4, 2, *a.shape[1:]) for a in (x, weight)]
+    params_grad, x_grad, updated = jax.pmap(per_device, "batch", devices=jax.local_devices()[:4])(*split)
+    (expected_params, expected_x), expected_updated = jax.jit(grad)(variables["params"], x, weight)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(x_grad.reshape(x.shape), expected_x)
+    jax.tree.map(lambda a, b: close(a[0], b), (params_grad, updated), (expected_params, expected_updated))
+
+
+def test_batch_norm_of_a_constant_channel_is_its_bias_and_finite_backwards():
+    x, variables = batch_norm_case((2, 3, 3, 2))
+    x[..., 0] = 1000.1
+    y, updated = apply_norm(BatchNorm(False), variables, x)
+    np.testing.assert_allclose(y[..., 0], variables["params"]["bias"][0], atol=0.1)
+    assert updated["batch_stats"]["var"][0] >= 0
+    grads = jax.grad(lambda x: apply_norm(BatchNorm(False), variables, x)[0].sum())(x)
+    assert np.isfinite(grads).all()
+
+
+def test_batch_norm_computes_in_float32_whatever_it_is_given():
+    x, variables = batch_norm_case((4, 6, 8, 5))
+    half = jnp.asarray(x, jnp.bfloat16)
+    norm, wide = BatchNorm(False, dtype=jnp.bfloat16), BatchNorm(False)
+    y, updated = apply_norm(norm, variables, half)
+    expected, expected_updated = apply_norm(wide, variables, half.astype(jnp.float32))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, expected.astype(jnp.bfloat16))
+    jax.tree.map(np.testing.assert_array_equal, updated, expected_updated)
+    grad = jax.grad(lambda x: apply_norm(norm, variables, x)[0].astype(jnp.float32).std())(half)
+    assert grad.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("fill", [normal, rectified_integers])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_max_pool_equals_flax(shape, fill):
@@ -471,6 +546,38 @@ def with_nan(seed, shape):
     return x
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 8, 5), (3, 1, 4, 2), (2, 3, 2, 64)])
+def test_batch_norm_equals_pytorch(shape):
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0 (CPU build)")
+    x, variables = batch_norm_case(shape)
+    theirs = torch.nn.BatchNorm2d(shape[-1]).train()
+    names = {"weight": ("params", "scale"), "bias": ("params", "bias")}
+    names |= {"running_mean": ("batch_stats", "mean"), "running_var": ("batch_stats", "var")}
+    with torch.no_grad():
+        for name, (kind, own) in names.items():
+            getattr(theirs, name).copy_(torch.tensor(variables[kind][own]))
+    theirs_x = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+    y = theirs(theirs_x)
+    gradient = normal(36, shape)
+    y.backward(torch.tensor(gradient.transpose(0, 3, 1, 2)))
+
+    def layer(params, x):
+        return apply_norm(BatchNorm(False), variables | {"params": params}, x)
+
+    (own_y, updated), pull_back = jax.vjp(layer, variables["params"], x)
+    params_grad, x_grad = pull_back((gradient, jax.tree.map(jnp.zeros_like, updated)))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(own_y, y.detach().numpy().transpose(0, 2, 3, 1))
+    close(x_grad, theirs_x.grad.numpy().transpose(0, 2, 3, 1))
+    close(params_grad["scale"], theirs.weight.grad.numpy())
+    close(params_grad["bias"], theirs.bias.grad.numpy())
+    close(updated["batch_stats"]["mean"], theirs.running_mean.numpy())
+    # PyTorch keeps the unbiased variance.
+    own, count = variables["batch_stats"]["var"], np.prod(shape[:-1])
+    unbiased = 0.9 * own + (updated["batch_stats"]["var"] - 0.9 * own) * count / (count - 1)
+    close(unbiased, theirs.running_var.numpy())
+
+
 @pytest.mark.parametrize("fill", [normal, rectified_integers, with_nan])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], (2, 17, 20, 8)])
 def test_max_pool_equals_pytorch(shape, fill):
@@ -520,22 +627,48 @@ if __name__ == "__main__":
     record()
 
 
-def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map():
+def megabytes(function, *shapes):
+    """What XLA needs to compute it, besides the arguments and the outputs."""
+    arguments = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=is_shape)
+    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+
+def is_shape(x):
+    return isinstance(x, tuple) and all(isinstance(length, int) for length in x)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map(normalised):
     """Its shifted copies, three or more of them, are made when they are needed, not in the forward pass.
 
-    Besides the map XLA may keep where the ReLU let it pass, a byte for each value.
+    Besides the map XLA may keep where the ReLU let it pass, a byte for each value. Of a batch norm it keeps the input
+    alone, and not what that is when it is centred.
     """
     shape = (2, 64, 64, 64)
+    variables = BatchNorm(False).init(jax.random.key(0), jnp.zeros(shape[-1:]))
 
-    def megabytes(layers):
-        def loss(kernels, x):
-            for kernel in kernels:
-                x = jax.nn.relu(conv(x, kernel, 1, 1))
-            return jnp.vdot(x, x)
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = conv(x, kernel, 1, 1)
+            if normalised:
+                x, _ = apply_norm(BatchNorm(False), variables, x)
+            x = jax.nn.relu(x)
+        return jnp.vdot(x, x)
 
-        kernels = [jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)] * layers
-        compiled = jax.jit(jax.grad(loss)).lower(kernels, jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes / 2**20
+    few, many = (megabytes(jax.grad(loss), [(3, 3, 64, 64)] * number, shape) for number in (4, 8))
+    assert many - few <= 4 * 1.3 * 4 * np.prod(shape) / 2**20
+
+
+def test_the_backward_pass_of_the_pooling_keeps_no_map():
+    """But for which of its nine values each window chose, a byte for each."""
+    shape, kernel = (2, 64, 64, 64), (4, 4, 64, 64)
+
+    def needs(pool):
+        def loss(x, kernel):
+            y = conv_transpose(pool(jnp.sin(x)), kernel)
+            return jnp.vdot(y, y)
+
+        return megabytes(jax.grad(loss, (0, 1)), shape, kernel)
 
     one_map = 4 * np.prod(shape) / 2**20
-    assert megabytes(8) - megabytes(4) <= 4 * 1.3 * one_map
+    assert needs(lambda x: max_pool(jax.nn.relu(x))) - needs(lambda x: x[:, ::2, ::2]) <= 0.5 * one_map
