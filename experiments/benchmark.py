@@ -1,10 +1,12 @@
 """Measures speed and memory: training in both stages, validation and inference; beside PyTorch if asked to."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import pathlib
+import re
 import resource
 import statistics
 import sys
@@ -14,7 +16,9 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.memory import keep_freed_memory
+from experiments.memory import give_back_what_compiling_took, keep_freed_memory
+
+_STATUS = pathlib.Path("/proc/self/status")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +247,7 @@ def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
         try:
             began = time.perf_counter()
             if program == "jaxseg":
+                give_back_what_compiling_took()
                 work_on = works.prepare(work, load, batches)
             else:
                 from tests.peers import torch_works
@@ -251,6 +256,7 @@ def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
             work_on(1)
             start = time.perf_counter() - began
             work_on(settings.steps)
+            _forget_peak()
         except Exception as error:  # whatever it is, the other process must hear of it
             pipe.send(RuntimeError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
             return
@@ -292,7 +298,9 @@ def _as_json(settings: Settings) -> dict[str, Any]:
 
 
 def _peak_memory(program: str) -> float:
-    """MiB: of a GPU what the program had on it at most; of a CPU the process' largest resident set."""
+    """MiB: of a GPU what the program had on it at most; of a CPU the process' largest resident set, on Linux without
+    that of starting and compiling.
+    """
     if program == "jaxseg":
         import jax
 
@@ -304,8 +312,16 @@ def _peak_memory(program: str) -> float:
 
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**20
-    # In KiB; macOS has bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    if _STATUS.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())[1]) / 2**10  # type: ignore[index]
+    # In bytes, on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _forget_peak() -> None:
+    """Lets the process' largest resident set begin anew, where the system can: that of the steps, without compiling."""
+    with contextlib.suppress(OSError):
+        (_STATUS.parent / "clear_refs").write_text("5")
 
 
 def _describe_machine() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from absl import logging as absl_logging
 
 from experiments.compiled import keep_compiled_programs
 from experiments.datasets import find_data
+from experiments.memory import give_back_what_compiling_took
 from experiments.prepare import FindData, MakeDecoder, Run, prepare
 from experiments.processes import Agreement, Mistake, Processes, start
 from experiments.results import draw, print_table, write_results
@@ -52,6 +53,7 @@ def work_together(settings: Settings, work: Callable[[Processes, Settings], int 
     # What Orbax's threads cannot write they show with tracebacks; it is raised again where it can be told in a line.
     absl_logging.set_verbosity(absl_logging.FATAL)
     keep_compiled_programs()
+    give_back_what_compiling_took()
     try:
         processes = start(settings)
         find_devices()

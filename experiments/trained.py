@@ -53,6 +53,7 @@ def open_run(run: pathlib.Path, options: ModelOptions) -> tuple["Trained", "Mann
       OSError: it cannot be read.
     """
     from experiments.compiled import keep_compiled_programs
+    from experiments.memory import give_back_what_compiling_took
     from experiments.run import find_devices
     from jaxseg.inference import load_run
 
@@ -60,6 +61,7 @@ def open_run(run: pathlib.Path, options: ModelOptions) -> tuple["Trained", "Mann
     if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch-size must be 1 or more, not {options.batch_size}")
     keep_compiled_programs()
+    give_back_what_compiling_took()
     find_devices()
     trained = load_run(run, which, options.dtype)
     image_size = None if options.size == "native" else trained.manner.image_size
