@@ -22,6 +22,7 @@ def test_the_twin_trains_and_writes_its_scores(tmp_path, capsys):
             )
             Image.fromarray(label).save(tmp_path / "data" / split / "seg" / f"{index}.png")
     options = ["--dataset", f"folder:{tmp_path / 'data'}", "--num-classes", "2", "--weights", "none"]
+    options += ["--class-weights", "sqrt"]
     options += [
         "--image-size",
         "32",
