@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import re
 import resource
 import statistics
 import sys
@@ -17,8 +16,6 @@ from typing import Any, Literal
 import tyro
 
 from experiments.memory import give_back_what_compiling_took, keep_freed_memory
-
-_STATUS = pathlib.Path("/proc/self/status")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +133,8 @@ def _measure_works(works: Sequence[str], programs: list[str], settings: Settings
             numbers += [f"{row['share_of_peak']:.0%}", f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
             print(line.format(work, program, *numbers), flush=True)
     print(
-        "ms/step: median (least-most) of the rounds; start: to the end of the first step; ratio: jaxseg's time / this"
+        "ms/step: median (least-most) of the rounds; start: to the end of the first step; peak MiB: of the process"
+        " in the rounds, but with starting and compiling on macOS and of a GPU; ratio: jaxseg's time / this"
     )
 
 
@@ -298,9 +296,7 @@ def _as_json(settings: Settings) -> dict[str, Any]:
 
 
 def _peak_memory(program: str) -> float:
-    """MiB: of a GPU what the program had on it at most; of a CPU the process' largest resident set, on Linux without
-    that of starting and compiling.
-    """
+    """MiB: what the program had on the GPU at most, or the process' largest resident set since `_forget_peak`."""
     if program == "jaxseg":
         import jax
 
@@ -312,16 +308,14 @@ def _peak_memory(program: str) -> float:
 
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**20
-    if _STATUS.exists():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())[1]) / 2**10  # type: ignore[index]
-    # In bytes, on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # In KiB; macOS has bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _forget_peak() -> None:
-    """Lets the process' largest resident set begin anew, where the system can: that of the steps, without compiling."""
+    """Lets the process' largest resident set begin anew, where the system can, which is Linux."""
     with contextlib.suppress(OSError):
-        (_STATUS.parent / "clear_refs").write_text("5")
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def _describe_machine() -> dict[str, Any]:

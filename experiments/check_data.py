@@ -174,10 +174,10 @@ def class_weights(found: Survey, labels: "Labels") -> "np.ndarray":
     """(C,) float64: median frequency balancing over the training images, NaN for a class that none shows."""
     import numpy as np
 
-    from jaxseg.data.balance import median_frequency
+    from jaxseg.data.balance import median_frequency_weights
 
     pixels = found.pixels.get("train", np.zeros(256, np.int64))
-    return median_frequency(pixels[: labels.num_classes], found.among[: labels.num_classes])
+    return median_frequency_weights(pixels[: labels.num_classes], found.among[: labels.num_classes])
 
 
 def tabulate(found: Survey, labels: "Labels") -> str:
@@ -200,7 +200,7 @@ def tabulate(found: Survey, labels: "Labels") -> str:
     lines += _align(rows, "ll" + "r" * (len(header) - 2))
     lines += [
         "",
-        "weight: median frequency balancing over the training images, which --class-weights median trains with",
+        "weight: median frequency balancing over the training images, as --class-weights median has it in the loss",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""How the process keeps its memory."""
+"""How the process keeps its memory, and what it gives back."""
 
 import ctypes
 import functools
@@ -46,8 +46,8 @@ def keep_freed_memory(may_restart: bool = False) -> None:
 def give_back_what_compiling_took() -> None:
     """Gives the system back, after each long compilation, what the compiler has freed; asked twice it does no more.
 
-    That is in small pieces, which glibc keeps: about 380 MiB of a training step, as much as the step itself needs at
-    192x224, batch 4. Imports jax. Where the C library is another one nothing changes.
+    That is in small pieces, which glibc keeps: of a training step hundreds of MiB (`experiments/SPEED.md`), as much as
+    the step itself needs at 192x224, batch 4. Imports jax. Where the C library is another one nothing changes.
     """
     import jax.monitoring
 

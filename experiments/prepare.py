@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from tqdm import tqdm
 
 from experiments.datasets import find_data
 from experiments.processes import ALONE, Processes
 from experiments.settings import Settings
 from jaxseg import pretrained, train
 from jaxseg.data import loader
-from jaxseg.data.balance import median_frequency
+from jaxseg.data.balance import median_frequency_weights
 from jaxseg.data.labels import Labels
 from jaxseg.data.threads import map_ahead
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder, start_at_prior
@@ -103,14 +104,15 @@ def prepare(
     splits = open_splits()
     loader.steps_per_epoch(splits["train"], settings.batch_size)
     at_prior = settings.decoder_init == "prior" and settings.weights_scope == "encoder"
-    weighted = settings.class_weights != "none"
-    counts = count_classes(splits["train"], labels.num_classes) if at_prior or weighted else np.zeros((0, 0))
+    if at_prior or settings.class_weights != "none":
+        counts = count_classes(splits["train"], labels.num_classes)
     if at_prior:
         decoder = start_at_prior(variables["params"]["decoder"], counts.sum(0))
         variables = {**variables, "params": {**variables["params"], "decoder": decoder}}
         print("decoder: its first guess is the classes' frequencies (--decoder-init prior)")
-    class_weights = weigh_classes(counts, settings.class_weights) if weighted else None
-    if class_weights:
+    class_weights = None
+    if settings.class_weights != "none":
+        class_weights = weigh_classes(counts, settings.class_weights)
         each = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(labels.names, class_weights, strict=True))
         print(f"loss: a pixel's weight by its class (--class-weights {settings.class_weights}): {each}")
     names = ("stage 1: encoder frozen", "stage 2: everything")
@@ -162,7 +164,8 @@ def count_classes(source: Any, num_classes: int) -> np.ndarray:
     def count(index: int) -> np.ndarray:
         return np.bincount(source.label(index).ravel(), minlength=256)[:num_classes]
 
-    return np.stack(list(map_ahead(count, range(len(source)))))
+    counts = tqdm(map_ahead(count, range(len(source))), "counting pixels", len(source), False, unit="img", disable=None)
+    return np.stack(list(counts))
 
 
 def weigh_classes(counts: np.ndarray, rule: str) -> tuple[float, ...]:
@@ -173,7 +176,7 @@ def weigh_classes(counts: np.ndarray, rule: str) -> tuple[float, ...]:
       rule: 'median' or 'sqrt'.
     """
     among = np.where(counts > 0, counts.sum(1, keepdims=True), 0).sum(0)
-    weights = median_frequency(counts.sum(0), among)
+    weights = median_frequency_weights(counts.sum(0), among)
     if rule == "sqrt":
         weights = np.sqrt(weights)
     return tuple(np.where(np.isnan(weights), 1.0, weights).tolist())

@@ -230,9 +230,10 @@ def check_equal(processes: Processes, meta: dict[str, Any]) -> None:
 def describe_run(run: Run) -> dict[str, Any]:
     """What config.json and every checkpoint say of a run, and what a run that goes on must agree with."""
     images = {split: len(source) for split, source in run.splits.items()}
+    weights = next(iter(run.stages.values())).class_weights
     labels = {"names": list(run.labels.names), "colours": [list(colour) for colour in run.labels.colours]}
-    decoder = type(run.model.decoder).__name__
-    return {"settings": to_json(run.settings), "decoder": decoder, **labels, "images": images}
+    model = {"decoder": type(run.model.decoder).__name__, "class_weights": weights and list(weights)}
+    return {"settings": to_json(run.settings), **model, **labels, "images": images}
 
 
 def describe(stage: train.Stage, params: Any) -> str:

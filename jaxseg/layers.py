@@ -1,4 +1,4 @@
-"""Convolution and transposed convolution as modules, max-pool and dropout."""
+"""Convolution, transposed convolution and batch norm as modules, max-pool and dropout."""
 
 import functools
 from typing import Any
@@ -81,6 +81,7 @@ class BatchNorm(nn.Module):
     Parameters, statistics and numbers are those of `flax.linen.BatchNorm`; the backward pass is written by hand, so
     that it needs, and keeps in memory, nothing but the layer's input. Flax's momentum of 0.9 is PyTorch's 0.1; the
     running variance is the biased one, what the batch was divided by, where PyTorch keeps the unbiased one.
+    Reverse-mode differentiation only.
 
     Source: Ioffe and Szegedy 2015, "Batch normalization".
 
@@ -89,7 +90,7 @@ class BatchNorm(nn.Module):
       axis_name: the pmap axis over which the batch's statistics are averaged, or None.
       momentum: the share of the running statistics that stays.
       epsilon: added to the variance.
-      dtype: of the output; parameters, statistics and the computation are float32 at least.
+      dtype: of the output; parameters and statistics are float32, and the computation is at least.
     """
 
     use_running_average: bool
@@ -107,8 +108,8 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         if self.use_running_average:
-            mean, var = running_mean.value, running_var.value
-            return ((x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias).astype(self.dtype)
+            inverse = jax.lax.rsqrt(running_var.value + self.epsilon)
+            return _scale(x, running_mean.value, inverse, scale, bias).astype(self.dtype)
         # There is no axis yet where the parameters are drawn.
         axis_name = None if self.is_initializing() else self.axis_name
         y, mean, var = _normalise(x, scale, bias, self.epsilon, axis_name)
@@ -118,12 +119,12 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+def _scale(x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    return (x - mean) * (inverse * scale) + bias
 
 
-def _over_devices(means: jax.Array, axis_name: str | None) -> jax.Array:
-    return means if axis_name is None else jax.lax.pmean(means, axis_name)
+def _mean_over_devices(x: jax.Array, axis_name: str | None) -> jax.Array:
+    return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -135,24 +136,25 @@ def _normalise(
 
 
 def _normalise_forward(x, scale, bias, epsilon, axis_name):
-    wide, axes = _at_least_float32(x), tuple(range(x.ndim - 1))
-    mean, square = _over_devices(jnp.stack([wide.mean(axes), (wide * wide).mean(axes)]), axis_name)
+    axes, wide = tuple(range(x.ndim - 1)), jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    mean, square = _mean_over_devices(jnp.stack([wide.mean(axes), (wide * wide).mean(axes)]), axis_name)
     # Rounding can make the difference negative.
     var = jnp.maximum(0.0, square - mean * mean)
-    y = (wide - mean) * (jax.lax.rsqrt(var + epsilon) * scale) + bias
-    return (y, mean, var), (x, scale, mean, jax.lax.rsqrt(var + epsilon))
+    inverse = jax.lax.rsqrt(var + epsilon)
+    return (_scale(wide, mean, inverse, scale, bias), mean, var), (x, mean, inverse, scale)
 
 
 def _normalise_backward(epsilon, axis_name, residuals, grads):
-    (x, scale, mean, inverse), g = residuals, grads[0]
+    (x, mean, inverse, scale), g = residuals, grads[0]
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-    bias_grad = g.sum(axes)
-    # What is not known before g is: otherwise XLA normalises x a second time in the forward pass already, and keeps it.
-    normalised = (_at_least_float32(x) - (mean + 0 * bias_grad)) * inverse
-    scale_grad = (g * normalised).sum(axes)
-    means = _over_devices(jnp.stack([bias_grad, scale_grad]) / count, axis_name)
-    x_grad = (scale * inverse) * (g - means[0] - normalised * means[1])
-    return x_grad.astype(x.dtype), scale_grad, bias_grad
+    # A zero that is not known before g is: otherwise XLA normalises x for this in the forward pass already, and keeps
+    # that beside x.
+    zero = 0 * g[(0,) * g.ndim]
+    normalised = (x.astype(g.dtype) - (mean + zero)) * inverse
+    bias_grad, scale_grad = g.sum(axes), (g * normalised).sum(axes)
+    bias_mean, scale_mean = _mean_over_devices(jnp.stack([bias_grad, scale_grad]) / count, axis_name)
+    x_grad = (scale * inverse) * (g - bias_mean - normalised * scale_mean)
+    return x_grad.astype(x.dtype), scale_grad.astype(scale.dtype), bias_grad.astype(scale.dtype)
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -209,8 +211,11 @@ def _max_pool_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array):
     n, height, width, channels = g.shape
     # The windows below and to the right of the last ones: none.
     after = ((0, 0), (0, 1), (0, 1), (0, 0))
-    # Otherwise XLA would find the places anew from x, three times, and keep x until then.
-    place, g = jax.lax.optimization_barrier((jnp.pad(place, after, constant_values=-1), jnp.pad(g, after)))
+    place, g = jnp.pad(place, after, constant_values=-1), jnp.pad(g, after)
+    # Otherwise XLA's CPU backend would find the places anew from x, three times, and keep x until then.
+    place, g = jax.lax.platform_dependent(
+        place, g, cpu=lambda *arrays: jax.lax.optimization_barrier(arrays), default=lambda *arrays: arrays
+    )
 
     def phase(row: int, column: int) -> jax.Array:
         """The gradient at rows 2 i + row and columns 2 j + column, which one window in each direction sees, or two."""

@@ -1,5 +1,6 @@
 """Pixel cross-entropy that is right about ignored pixels."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -16,20 +17,23 @@ def pixel_cross_entropy(
 ) -> jnp.ndarray:
     """Softmax cross-entropy in nats, averaged over the pixels that are not ignored.
 
-    Under a pmap, each device's value is its own pixels' sum divided by the *mean* number of valid pixels per device, so
-    that the mean of the values over devices, and of their gradients, is that of the global batch, however unevenly the
-    ignored pixels lie. Take `jax.lax.pmean` of both.
+    Under a pmap, each device's value is its own pixels' sum divided by the *mean* number of valid pixels per device (or
+    sum of their weights), so that the mean of the values over devices, and of their gradients, is that of the global
+    batch, however unevenly the ignored pixels lie. Take `jax.lax.pmean` of both.
 
     Args:
       logits: (N, H, W, C) float; computed in float32.
       label: (N, H, W) integer in [0, C) or `ignore_label`.
       ignore_label: pixels with this label count neither in the sum nor in the number.
       axis_name: the pmap axis, or None on one device.
-      class_weights: C numbers above 0, how much a pixel of each class counts in the sum and in the number; all 1 if
-        None.
+      class_weights: C finite numbers above 0, how much a pixel of each class counts in the sum and in the number; all 1
+        if None.
 
     Returns:
       The loss: () float32; 0 with gradient 0 when no pixel is valid.
+
+    Raises:
+      ValueError: the weights are not as said.
 
     Source: equals torch.nn.functional.cross_entropy(..., weight, ignore_index) where a pixel is valid.
     """
@@ -40,6 +44,8 @@ def pixel_cross_entropy(
     if class_weights is None:
         count = valid.sum(dtype=jnp.int32).astype(jnp.float32)
     else:
+        if len(class_weights) != logits.shape[-1] or not all(0 < weight < math.inf for weight in class_weights):
+            raise ValueError(f"class_weights must be {logits.shape[-1]} finite numbers above 0, not {class_weights}")
         weight = jnp.array(class_weights, jnp.float32)[safe_label]
         cross_entropy, count = weight * cross_entropy, jnp.where(valid, weight, 0.0).sum()
     if axis_name is not None:

@@ -1,6 +1,8 @@
 """The benchmark: what it counts, and that it measures what it says."""
 
 import json
+import mmap
+import sys
 import time
 
 import numpy as np
@@ -113,3 +115,17 @@ def test_mistakes_are_told_in_one_line(capsys, options, said):
 def test_what_a_program_cannot_do_is_told_too(capsys):
     assert benchmark.main(["--batch-size", "3", "--image-size", "32", "32", "--work", "inference"]) == 2
     assert "error: jaxseg, inference: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where a process can forget its peak")
+def test_the_peak_is_that_since_it_was_forgotten():
+    def touch():
+        with mmap.mmap(-1, 2**28) as memory:  # not malloc's, which here keeps what is freed
+            memory[:: mmap.PAGESIZE] = bytes(len(range(0, 2**28, mmap.PAGESIZE)))
+
+    touch()
+    with_it = benchmark._peak_memory("jaxseg")
+    benchmark._forget_peak()
+    without = benchmark._peak_memory("jaxseg")
+    touch()
+    assert with_it - without > 200 and benchmark._peak_memory("jaxseg") - without > 200

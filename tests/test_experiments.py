@@ -24,7 +24,7 @@ from experiments import prepare as preparing
 from experiments.datasets import find_data
 from experiments.prepare import prepare
 from experiments.processes import ALONE, Processes
-from experiments.run import how_to_go_on, what_is_kept
+from experiments.run import describe_run, how_to_go_on, what_is_kept
 from experiments.settings import Options, complete, differences, parse, to_json
 from experiments.workdir import differ
 from jaxseg import checkpoint
@@ -553,3 +553,21 @@ def test_a_run_of_another_decoder_differs_and_an_older_one_that_does_not_say_doe
     assert differ(run, {**run, "decoder": "BaselineDecoder"}) == []
     found = differ({**run, "decoder": "BaselineDecoder"}, {**run, "decoder": "ImprovedDecoder"})
     assert found == ["decoder BaselineDecoder there, ImprovedDecoder here"]
+
+
+def test_a_run_goes_on_only_with_the_same_weights_of_the_classes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "ResNet", small_run.SmallEncoder)
+
+    def meta(rule):
+        settings = parse("improved", "", [*arguments(folder, tmp_path / "run"), "--class-weights", rule])
+        return json.loads(json.dumps(describe_run(prepare(settings, small_run.make_decoder))))
+
+    there, without = meta("sqrt"), meta("none")
+    path = folder / "train" / "seg" / "0.png"
+    label = np.array(Image.open(path))
+    label[:20] = 0
+    Image.fromarray(label).save(path)
+    found = differ(there, meta("sqrt"))
+    assert len(found) == 1 and found[0].startswith(f"class_weights {there['class_weights']} there, [")
+    older = {name: value for name, value in without.items() if name != "class_weights"}
+    assert differ(older, without) == []

@@ -48,6 +48,12 @@ def test_a_pixel_that_weighs_twice_counts_as_two():
     np.testing.assert_allclose(twice, pixel_cross_entropy(logits, jnp.array([[[0, 1, 1]]])), rtol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 2.0, float("nan")), (1.0, 0.0, 1.0), (1.0, float("inf"), 1.0)])
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="must be 3 finite numbers above 0"):
+        pixel_cross_entropy(jnp.zeros((1, 1, 1, 3)), jnp.zeros((1, 1, 1), jnp.uint8), class_weights=weights)
+
+
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_no_valid_pixel_gives_zero_and_a_zero_gradient(weights):
     logits, label = random_case(0, ignored=1.1)

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jaxseg import checkpoint, metrics, train
 from jaxseg.data import loader
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
+from jaxseg.layers import BatchNorm
 from jaxseg.optimizer import make_optimizer
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import Segmenter
@@ -27,7 +28,7 @@ class SmallEncoder(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.Conv(8, (32, 32), strides=32, use_bias=False)(x)
-        return {32: nn.relu(nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x))}
+        return {32: nn.relu(BatchNorm(not train, axis_name=self.axis_name)(x))}
 
 
 MODEL = Segmenter(SmallEncoder(), BaselineDecoder(NUM_CLASSES, widths=(8, 8, 8, 8, 8)))

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def median_frequency(pixels: np.ndarray, among: np.ndarray) -> np.ndarray:
+def median_frequency_weights(pixels: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Weights by median frequency balancing: the median of the classes' frequencies, divided by a class's own.
 
     Args:

@@ -16,6 +16,7 @@ from experiments.settings import Settings, complete, parse
 from experiments.stages import resume
 from jaxseg import checkpoint
 from jaxseg.decoders import ImprovedDecoder
+from jaxseg.layers import BatchNorm
 from jaxseg.train import AXIS
 
 
@@ -29,7 +30,7 @@ class SmallEncoder(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.Conv(8, (32, 32), strides=32, use_bias=False, dtype=self.dtype)(x)
-        norm = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype)
+        norm = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)
         return {32: nn.relu(norm(x))}
 
 
