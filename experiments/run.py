@@ -250,10 +250,11 @@ def describe(stage: train.Stage, params: Any) -> str:
         for fate, verb in (("train", "trains"), ("frozen", "keeps"))
         if fate in counts
     ]
+    epochs = "epoch" if stage.epochs == 1 else "epochs"
     rate = f"learning rate {stage.learning_rate:g}"
     if not stage.freeze_encoder and stage.encoder_rate != 1:
         rate += f", the encoder's {stage.learning_rate * stage.encoder_rate:g}"
-    return f"{stage.name}: {', '.join(what)}; {stage.epochs} epochs, {rate}"
+    return f"{stage.name}: {', '.join(what)}; {stage.epochs} {epochs}, {rate}"
 
 
 def execute(run: Run, meta: dict[str, Any]) -> int | None:

@@ -15,6 +15,8 @@ _NARROW = 3e6
 # What two threads must have to do on the images side by side to gain more than the copies cost, which are the dearer
 # the fewer taps a value has: multiplications in a row of all images, times taps.
 _WORTH_A_COPY = 9e8
+# Bytes of a gradient at all row offsets, at most, while one product of a kernel's gradient is computed.
+_COPIED_AT_ONCE = 2**26
 
 
 def _plain_conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
@@ -84,10 +86,14 @@ def _kernel_grad_plain(x: jax.Array, g: jax.Array, shape: tuple[int, ...], strid
     return jax.linear_transpose(lambda kernel: _plain_conv(x, kernel, strides, padding), kernel)(g)[0]
 
 
+def _wide_product(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    """Contracts these axes of a with those of b, in float32 at least."""
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
 def _product(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    """Contracts these axes of a with those of b, accumulating in float32 at least; of a's dtype."""
-    accumulator = jnp.promote_types(a.dtype, jnp.float32)
-    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=accumulator).astype(a.dtype)
+    """`_wide_product`, of a's dtype."""
+    return _wide_product(a, b, axes).astype(a.dtype)
 
 
 def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], strides: int, padding: int):
@@ -114,13 +120,18 @@ def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], 
     # those of all layers until the backward pass takes them. (An optimization_barrier is gone before it orders them.)
     zero = 0 * g[0, 0, 0, 0]
     if strides == 1 and (channels <= _MANY_CHANNELS or rows == columns == 1):
-        x = jax.lax.pad(x, zero, ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
-        by_column = jnp.concatenate([x[:, :, v : v + width] for v in range(columns)], axis=-1)
-        shifts = [((0, 0), (u, rows - 1 - u), (0, 0), (0, 0)) for u in range(rows)]
-        by_row = jnp.concatenate([jnp.pad(g, shift) for shift in shifts], axis=-1)
-        by_column, by_row = (a.reshape(-1, a.shape[3]) for a in (by_column, by_row))
-        taps = _product(by_column.T, by_row, ((1,), (0,))).reshape(columns, channels, rows, out_channels)
-        return taps.transpose(2, 0, 1, 3)
+        total, parts = jnp.zeros(()), -(-rows * g.size * g.dtype.itemsize // _COPIED_AT_ONCE)
+        # Of many images some at a time, the next ones waiting in the same way for what these give.
+        for images in np.array_split(np.arange(n), min(n, parts)):
+            some = slice(images[0], images[-1] + 1)
+            x_part = jax.lax.pad(x[some], zero, ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
+            by_column = jnp.concatenate([x_part[:, :, v : v + width] for v in range(columns)], axis=-1)
+            shifts = [((0, 0, 0), (u, rows - 1 - u, 0), (0, 0, 0), (0, 0, 0)) for u in range(rows)]
+            by_row = jnp.concatenate([jax.lax.pad(g[some], zero, shift) for shift in shifts], axis=-1)
+            by_column, by_row = (a.reshape(-1, a.shape[3]) for a in (by_column, by_row))
+            total += _wide_product(by_column.T, by_row, ((1,), (0,)))
+            zero = (0 * total[0, 0]).astype(x.dtype)
+        return total.astype(x.dtype).reshape(columns, channels, rows, out_channels).transpose(2, 0, 1, 3)
     # Rows s i and s i + 1 become rows i of two maps; what the last window does not reach is cut.
     phase_height, phase_width = height + (rows - 1) // strides, width + (columns - 1) // strides
     ends = (strides * phase_height - x.shape[1] - padding, strides * phase_width - x.shape[2] - padding)

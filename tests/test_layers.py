@@ -130,6 +130,15 @@ def test_conv_with_the_images_side_by_side_equals_numpy(case, monkeypatch):
     test_conv_equals_numpy_in_float64(case)
 
 
+@pytest.mark.parametrize("case", [(5, *case[1:]) for case in CONVOLUTIONS if case[6] == 1 and case[3] < 65], ids=str)
+def test_a_kernel_gradient_of_some_images_after_the_others_equals_numpy(case, monkeypatch):
+    *shape, rows, _, _, padding = case
+    # The output is as high as this; two images at a time, and the last alone.
+    one_image = 4 * rows * (shape[1] + 2 * padding - rows + 1) * (shape[2] + 2 * padding - case[5] + 1) * 5
+    monkeypatch.setattr(convolution, "_COPIED_AT_ONCE", 2 * one_image)
+    test_conv_equals_numpy_in_float64(case)
+
+
 def test_conv_transpose_with_the_images_side_by_side_equals_lax(monkeypatch):
     monkeypatch.setattr(convolution, "_WORTH_A_COPY", 0)
     for shape in SHAPES:
