@@ -349,6 +349,8 @@ def test_a_pretrained_encoder_under_batch_norm_learns_slower_than_its_decoder():
         return settings.learning_rate[1], settings.encoder_rate
 
     assert rates("folder:a", "improved") == rates("camvid", "ablation") == (1e-2, 0.1)
+    # It has an angle where the improved model has none: without one it could not be begun.
+    assert complete(Options(dataset="camvid", weights="none"), "ablation").max_degrees == 10
     assert {rates("shapes", "improved")[1], rates("voc9", "end_to_end")[1], rates("voc9", "baseline")[1]} == {1.0}
 
 
