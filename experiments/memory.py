@@ -1,5 +1,6 @@
 """How the process keeps its memory, and what it gives back."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -51,16 +52,18 @@ def give_back_what_compiling_took() -> None:
     """
     import jax.monitoring
 
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # no glibc, or no such library on this system
-        return
-
     def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration" and duration_secs >= _LONG:
-            trim(0)
+            give_back_freed_memory()
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def give_back_freed_memory() -> None:
+    """Gives the system back what glibc keeps of freed memory; where the C library is another one nothing changes."""
+    # No glibc, or no such library on this system.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _has_huge_pages() -> bool:
