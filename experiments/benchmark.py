@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import resource
 import statistics
 import sys
@@ -16,6 +17,8 @@ from typing import Any, Literal
 import tyro
 
 from experiments.memory import give_back_freed_memory, give_back_what_compiling_took, keep_freed_memory
+
+_STATUS = pathlib.Path("/proc/self/status")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +311,9 @@ def _peak_memory(program: str) -> float:
 
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**20
-    # In KiB; macOS has bytes.
+    if match := _STATUS.exists() and re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text()):
+        return int(match[1]) / 2**10
+    # In KiB; macOS has bytes. Of a program that another one started it may be the other's.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -316,7 +321,7 @@ def _forget_peak() -> None:
     """Lets the process' largest resident set begin anew, without what starting left, where the system can: on Linux."""
     give_back_freed_memory()
     with contextlib.suppress(OSError):
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        (_STATUS.parent / "clear_refs").write_text("5")
 
 
 def _describe_machine() -> dict[str, Any]:

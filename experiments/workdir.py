@@ -44,8 +44,8 @@ def check_workdir(workdir: pathlib.Path, meta: dict[str, Any]) -> None:
 
 def differ(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """In what two `describe_run` differ, as far as the second one goes."""
-    # An older version did not say which decoder it was, and knew no weights.
-    there = {"decoder": here.get("decoder"), "class_weights": None, **there}
+    # An older version did not say these.
+    there = {"decoder": here.get("decoder"), "class_weights": here.get("class_weights"), **there}
     return differences(there["settings"], here["settings"]) + [
         f"{name} {there[name]} there, {here[name]} here"
         for name in here.keys() - {"settings"}

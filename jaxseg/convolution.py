@@ -15,7 +15,7 @@ _NARROW = 3e6
 # What two threads must have to do on the images side by side to gain more than the copies cost, which are the dearer
 # the fewer taps a value has: multiplications in a row of all images, times taps.
 _WORTH_A_COPY = 9e8
-# Bytes of a gradient at all row offsets, at most, while one product of a kernel's gradient is computed.
+# Bytes of a gradient at all row offsets, of several images, that are copied for one product of a kernel's gradient.
 _COPIED_AT_ONCE = 2**26
 
 
@@ -96,8 +96,17 @@ def _product(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int,
     return _wide_product(a, b, axes).astype(a.dtype)
 
 
+def _some_at_a_time(x: jax.Array, g: jax.Array, size: tuple[int, int]) -> list[tuple[jax.Array, jax.Array]]:
+    """Both for some images after the others, so few that g at all row offsets is no more than `_COPIED_AT_ONCE`."""
+    # A 1x1 kernel needs no copies. A program that is exported may not know how many images there are.
+    if size == (1, 1) or not all(isinstance(length, int) for length in g.shape):
+        return [(x, g)]
+    step = max(_COPIED_AT_ONCE // (size[0] * math.prod(g.shape[1:]) * g.dtype.itemsize), 1)
+    return [(x[first : first + step], g[first : first + step]) for first in range(0, len(g), step)]
+
+
 def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], strides: int, padding: int):
-    """The gradient of `conv` with respect to its kernel, `sum x[s i + u, s j + v] g[i, j]`, as one matrix product.
+    """The gradient of `conv` with respect to its kernel, `sum x[s i + u, s j + v] g[i, j]`, as matrix products.
 
     Two forms. With stride 1 a row offset may move from x to g, `sum x[i, j + v] g[i - u, j]`: a product of x at all
     column offsets with g at all row offsets gives every tap and copies the least. With a stride it may not, and where
@@ -120,16 +129,15 @@ def _kernel_grad_by_products(x: jax.Array, g: jax.Array, size: tuple[int, int], 
     # those of all layers until the backward pass takes them. (An optimization_barrier is gone before it orders them.)
     zero = 0 * g[0, 0, 0, 0]
     if strides == 1 and (channels <= _MANY_CHANNELS or rows == columns == 1):
-        total, parts = jnp.zeros(()), -(-rows * g.size * g.dtype.itemsize // _COPIED_AT_ONCE)
-        # Of many images some at a time, the next ones waiting in the same way for what these give.
-        for images in np.array_split(np.arange(n), min(n, parts)):
-            some = slice(images[0], images[-1] + 1)
-            x_part = jax.lax.pad(x[some], zero, ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
+        total = jnp.zeros(())
+        for x_part, g_part in _some_at_a_time(x, g, size):
+            x_part = jax.lax.pad(x_part, zero, ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
             by_column = jnp.concatenate([x_part[:, :, v : v + width] for v in range(columns)], axis=-1)
             shifts = [((0, 0, 0), (u, rows - 1 - u, 0), (0, 0, 0), (0, 0, 0)) for u in range(rows)]
-            by_row = jnp.concatenate([jax.lax.pad(g[some], zero, shift) for shift in shifts], axis=-1)
+            by_row = jnp.concatenate([jax.lax.pad(g_part, zero, shift) for shift in shifts], axis=-1)
             by_column, by_row = (a.reshape(-1, a.shape[3]) for a in (by_column, by_row))
             total += _wide_product(by_column.T, by_row, ((1,), (0,)))
+            # The next images' copies wait for this product.
             zero = (0 * total[0, 0]).astype(x.dtype)
         return total.astype(x.dtype).reshape(columns, channels, rows, out_channels).transpose(2, 0, 1, 3)
     # Rows s i and s i + 1 become rows i of two maps; what the last window does not reach is cut.

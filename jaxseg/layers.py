@@ -90,7 +90,7 @@ class BatchNorm(nn.Module):
       axis_name: the pmap axis over which the batch's statistics are averaged, or None.
       momentum: the share of the running statistics that stays.
       epsilon: added to the variance.
-      dtype: of the output; parameters and statistics are float32, and the computation is at least.
+      dtype: of the output; parameters and statistics are float32, and it computes in float32 at least.
     """
 
     use_running_average: bool

@@ -130,13 +130,58 @@ def test_conv_with_the_images_side_by_side_equals_numpy(case, monkeypatch):
     test_conv_equals_numpy_in_float64(case)
 
 
+def two_at_a_time(monkeypatch):
+    """Lets kernel gradients take two images at a time; returns how many parts there were, call by call."""
+    calls, split = [], convolution._some_at_a_time
+
+    def some_at_a_time(x, g, size):
+        one_image = size[0] * g[0].size * g.dtype.itemsize
+        monkeypatch.setattr(convolution, "_COPIED_AT_ONCE", 2 * one_image)
+        parts = split(x, g, size)
+        calls.append(len(parts))
+        return parts
+
+    monkeypatch.setattr(convolution, "_some_at_a_time", some_at_a_time)
+    return calls
+
+
 @pytest.mark.parametrize("case", [(5, *case[1:]) for case in CONVOLUTIONS if case[6] == 1 and case[3] < 65], ids=str)
 def test_a_kernel_gradient_of_some_images_after_the_others_equals_numpy(case, monkeypatch):
-    *shape, rows, _, _, padding = case
-    # The output is as high as this; two images at a time, and the last alone.
-    one_image = 4 * rows * (shape[1] + 2 * padding - rows + 1) * (shape[2] + 2 * padding - case[5] + 1) * 5
-    monkeypatch.setattr(convolution, "_COPIED_AT_ONCE", 2 * one_image)
+    calls = two_at_a_time(monkeypatch)
     test_conv_equals_numpy_in_float64(case)
+    assert set(calls) == {1 if case[4:6] == (1, 1) else 3}
+
+
+def test_a_transposed_kernel_gradient_of_some_images_after_the_others_equals_lax(monkeypatch):
+    calls = two_at_a_time(monkeypatch)
+    test_conv_transpose_equals_lax((5, 3, 4, 2))
+    assert set(calls) == {3}
+
+
+def test_some_images_after_the_others_add_up_in_float32(monkeypatch):
+    x, g = (jnp.asarray(normal(seed, (64, 4, 4, 4)), jnp.bfloat16) for seed in (40, 41))
+
+    def kernel_grad():
+        kernel = jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
+        return jax.jit(lambda x, g: jax.vjp(lambda kernel: conv(x, kernel, 1, 1), kernel)[1](g)[0])(x, g)
+
+    whole = kernel_grad()
+    calls = two_at_a_time(monkeypatch)
+    # But for where the last bit of a float32 decides how it is rounded.
+    different = np.asarray(kernel_grad() != whole)
+    assert set(calls) == {32} and different.mean() < 0.02
+
+
+def test_some_images_after_the_others_need_less_memory(monkeypatch):
+    def needs():
+        def kernel_grad(x, kernel, g):
+            return jax.vjp(lambda kernel: conv(x, kernel, 1, 1), kernel)[1](g)[0]
+
+        return megabytes(kernel_grad, (6, 64, 64, 16), (3, 3, 16, 16), (6, 64, 64, 16))
+
+    whole = needs()
+    two_at_a_time(monkeypatch)
+    assert needs() < 0.6 * whole
 
 
 def test_conv_transpose_with_the_images_side_by_side_equals_lax(monkeypatch):
@@ -671,6 +716,16 @@ def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map(normal
 
     few, many = (megabytes(jax.grad(loss), [(3, 3, 64, 64)] * number, shape) for number in (4, 8))
     assert many - few <= 4 * 1.3 * 4 * np.prod(shape) / 2**20
+
+
+def test_the_poolings_barrier_is_on_cpu_only():
+    step = jax.jit(jax.grad(lambda x: max_pool(x).sum()))
+    shape = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
+    counts = {
+        platform: step.trace(shape).lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier")
+        for platform in ("cpu", "cuda")
+    }
+    assert counts == {"cpu": 1, "cuda": 0}
 
 
 def test_the_backward_pass_of_the_pooling_keeps_no_map():
