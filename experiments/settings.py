@@ -42,8 +42,8 @@ _BASELINE = {
     "tfds": _PRETRAINED,
 }
 # The report gives the baseline's and the improved model's parts, the rotation by up to 30 degrees, the image size, and
-# that stage 2 has a smaller learning rate, which here a pretrained encoder alone has; epochs, rates, batch size and
-# dropout are ours.
+# that stage 2 has a smaller learning rate, which in the improved model here a pretrained encoder alone has; epochs,
+# rates, batch size and dropout are ours.
 _IMPROVED = {
     kind: dataclasses.replace(
         recipe, learning_rate=(1e-2, 1e-2), encoder_rate=0.1, max_degrees=30.0, dropout=(0.0, 0.2)
