@@ -216,7 +216,6 @@ def describe(settings: Settings, summary: list[dict[str, Any]]) -> str:
         f"batch {settings.batch_size}; epochs: {one} with the encoder frozen, then {two}, or {one + two} of everything",
         "learning rates {:g} and {:g}".format(*settings.learning_rate) + f" ({describe_schedule(settings)})",
         f"rotation up to {settings.max_degrees:g} degrees, dropout {settings.dropout[1]:g}",
-        *([f"class weights: {settings.class_weights}"] if settings.class_weights != "none" else []),
         f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}",
     ]
     spread = "; ± is the deviation over the seeds" if len(seeds) > 1 else ""

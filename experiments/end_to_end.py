@@ -119,7 +119,6 @@ def describe(settings: Settings) -> str:
         f"{short_name(settings.dataset)} at {settings.image_size[0]}x{settings.image_size[1]}, {settings.encoder}",
         f"batch {settings.batch_size}, {settings.epochs[1]} epochs of everything",
         f"schedule: {describe_schedule(settings)}",
-        *([f"class weights: {settings.class_weights}"] if settings.class_weights != "none" else []),
         f"rotation up to {settings.max_degrees:g} degrees, dropout {settings.dropout[1]:g}, seed {settings.seed}",
     ]
     return f"{'; '.join(parts)}.\nMean IoU of the best epoch by validation."

@@ -261,9 +261,10 @@ def complete(options: Options, name: str) -> Settings:
 
 
 def describe_schedule(settings: Settings) -> str:
-    """The schedule of the learning rate, and what the encoder has of it where that is not all."""
+    """The schedule of the learning rate, and where it is not the usual, what the encoder has of it and the loss."""
     own = f", the encoder's in stage 2 {settings.encoder_rate:g} of it" if settings.encoder_rate != 1 else ""
-    return f"{settings.schedule}{own}"
+    loss = f", class weights {settings.class_weights} in the loss" if settings.class_weights != "none" else ""
+    return f"{settings.schedule}{own}{loss}"
 
 
 def to_json(settings: Settings) -> dict[str, Any]:

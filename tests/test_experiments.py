@@ -25,7 +25,7 @@ from experiments.datasets import find_data
 from experiments.prepare import prepare
 from experiments.processes import ALONE, Processes
 from experiments.run import describe_run, how_to_go_on, what_is_kept
-from experiments.settings import Options, complete, differences, parse, to_json
+from experiments.settings import Options, complete, describe_schedule, differences, parse, to_json
 from experiments.workdir import differ
 from jaxseg import checkpoint
 from jaxseg.data import loader, shapes
@@ -352,6 +352,14 @@ def test_a_pretrained_encoder_under_batch_norm_learns_slower_than_its_decoder():
     # It has an angle where the improved model has none: without one it could not be begun.
     assert complete(Options(dataset="camvid", weights="none"), "ablation").max_degrees == 10
     assert {rates("shapes", "improved")[1], rates("voc9", "end_to_end")[1], rates("voc9", "baseline")[1]} == {1.0}
+
+
+def test_the_tables_say_what_is_not_usual_about_the_training():
+    def said(dataset):
+        return describe_schedule(complete(Options(dataset=dataset, weights="none"), "improved"))
+
+    assert said("shapes") == "cosine"
+    assert said("camvid") == "cosine, the encoder's in stage 2 0.1 of it, class weights sqrt in the loss"
 
 
 def test_the_encoders_rate_reaches_the_run(folder, tmp_path, monkeypatch, capsys):
