@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 
 
 def pixel_cross_entropy(
@@ -38,9 +37,11 @@ def pixel_cross_entropy(
     Source: equals torch.nn.functional.cross_entropy(..., weight, ignore_index) where a pixel is valid.
     """
     valid = label != ignore_label
-    # The replacement label keeps the look-up in range: a gradient through a NaN that is masked afterwards is still NaN.
     safe_label = jnp.where(valid, label, 0).astype(jnp.int32)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), safe_label)
+    # Compared and added, not looked up: the indices would take as much memory as half the logits.
+    is_label = safe_label[..., None] == jnp.arange(logits.shape[-1])
+    logits = logits.astype(jnp.float32)
+    cross_entropy = jax.nn.logsumexp(logits, -1) - jnp.where(is_label, logits, 0).sum(-1)
     if class_weights is None:
         count = valid.sum(dtype=jnp.int32).astype(jnp.float32)
     else:

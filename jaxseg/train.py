@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxseg.augment import random_flip, random_jitter, random_rotate
 from jaxseg.boundary import boundary_confusion, boundary_width
+from jaxseg.convolution import compiler_options
 from jaxseg.enlarge import enlarge
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.metrics import confusion_matrix, mean_iou
@@ -283,7 +284,7 @@ def pmap_step(
     """
     in_axes = (None, 0, None) if keyed else (None, 0)
     if jax.config.jax_debug_nans:  # type: ignore[attr-defined]  # JAX adds its options when it is imported
-        together = jax.jit(jax.vmap(step, in_axes, axis_name=AXIS))
+        together = jax.jit(jax.vmap(step, in_axes, axis_name=AXIS), compiler_options=compiler_options())
 
         def on_one_device(*arguments: Any) -> Any:
             outputs = together(*jax.device_put(arguments, devices[0]))
@@ -291,7 +292,12 @@ def pmap_step(
 
         return on_one_device
     out_axes = 0 if per_image else None
-    return jax.pmap(step, AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=0 if donate else ())
+    donated = 0 if donate else ()
+    mapped = jax.pmap(step, AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=donated)
+    # With several processes JAX knows no way to give a pmap options.
+    if jax.process_count() > 1:
+        return mapped
+    return jax.jit(mapped, donate_argnums=donated, compiler_options=compiler_options())
 
 
 def all_devices() -> tuple[jax.Device, ...]:

@@ -27,7 +27,9 @@ ALLOWED = {
     "jaxseg.log": {"jaxseg.files"},
     "jaxseg.manner": {"jaxseg.data.canvases", "jaxseg.data.loader"},
     "jaxseg.plots.page": {"jaxseg.files"},
-    "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "enlarge", "losses", "metrics")},
+    "jaxseg.train": {
+        f"jaxseg.{name}" for name in ("augment", "boundary", "convolution", "enlarge", "losses", "metrics")
+    },
     "jaxseg.plots.__init__": {
         f"jaxseg.plots.{name}"
         for name in ("architecture", "comparison", "confusion", "contact", "curves", "filtering", "page")

@@ -19,7 +19,10 @@ from jaxseg.layers import BatchNorm, Conv, ConvTranspose, dropout, max_pool
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "layers_torch.npz"
 # (N, H, W, C)
-SHAPES = [(2, 6, 8, 5), (1, 1, 1, 1), (1, 7, 5, 3), (3, 1, 4, 2), (2, 9, 2, 1), (2, 3, 2, 64), (1, 2, 3, 257)]
+SHAPES = [
+    *[(2, 6, 8, 5), (1, 1, 1, 1), (1, 7, 5, 3), (3, 1, 4, 2), (2, 9, 2, 1), (2, 3, 2, 64), (1, 2, 3, 257)],
+    *[(8, 3, 2, 5), (6, 5, 2, 3)],
+]
 
 
 def reference_conv_transpose(x, kernel):
@@ -54,8 +57,8 @@ def rectified_integers(seed, shape):
     return np.maximum(np.random.default_rng(seed).integers(-3, 3, shape), 0).astype(np.float32)
 
 
-# (N, H, W, C, KH, KW, strides, padding), for 5 features. The gradients have a form for a stride, one for many channels
-# and one for few pixels.
+# (N, H, W, C, KH, KW, strides, padding), for 5 features. The gradients have a form for a stride, one for many channels,
+# one for few pixels and one for a number of images that is no multiple of eight.
 CONVOLUTIONS = [
     (2, 13, 16, 3, 7, 7, 2, 3),
     (2, 9, 7, 16, 7, 7, 1, 3),
@@ -83,6 +86,13 @@ CONVOLUTIONS = [
     (1, 6, 7, 16, 1, 3, 2, 2),
     (2, 6, 7, 16, 1, 3, 2, 2),
     (2, 5, 7, 16, 1, 1, 2, 1),
+    (3, 19, 4, 3, 7, 7, 2, 3),
+    (4, 9, 5, 6, 3, 3, 2, 1),
+    (6, 11, 3, 6, 3, 3, 1, 1),
+    (8, 5, 4, 6, 3, 3, 1, 1),
+    (8, 6, 5, 3, 7, 7, 2, 3),
+    (8, 3, 4, 6, 3, 3, 1, 2),
+    (16, 3, 4, 6, 4, 4, 2, 1),
 ]
 
 
@@ -122,94 +132,6 @@ def test_conv_equals_numpy_in_float64(case):
     x, kernel = normal(20, shape), normal(21, (rows, columns, shape[-1], 5))
     got = value_and_gradients(functools.partial(conv, strides=strides, padding=padding), x, kernel)
     assert_close(got, numpy_conv(x, kernel, strides, padding), 1e-5)
-
-
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_conv_with_the_images_side_by_side_equals_numpy(case, monkeypatch):
-    monkeypatch.setattr(convolution, "_WORTH_A_COPY", 0)
-    test_conv_equals_numpy_in_float64(case)
-
-
-def two_at_a_time(monkeypatch):
-    """Lets kernel gradients take two images at a time; returns how many parts there were, call by call."""
-    calls, split = [], convolution._some_at_a_time
-
-    def some_at_a_time(x, g, size):
-        one_image = size[0] * g[0].size * g.dtype.itemsize
-        monkeypatch.setattr(convolution, "_COPIED_AT_ONCE", 2 * one_image)
-        parts = split(x, g, size)
-        calls.append(len(parts))
-        return parts
-
-    monkeypatch.setattr(convolution, "_some_at_a_time", some_at_a_time)
-    return calls
-
-
-@pytest.mark.parametrize("case", [(5, *case[1:]) for case in CONVOLUTIONS if case[6] == 1 and case[3] < 65], ids=str)
-def test_a_kernel_gradient_of_some_images_after_the_others_equals_numpy(case, monkeypatch):
-    calls = two_at_a_time(monkeypatch)
-    test_conv_equals_numpy_in_float64(case)
-    assert set(calls) == {1 if case[4:6] == (1, 1) else 3}
-
-
-def test_a_transposed_kernel_gradient_of_some_images_after_the_others_equals_lax(monkeypatch):
-    calls = two_at_a_time(monkeypatch)
-    test_conv_transpose_equals_lax((5, 3, 4, 2))
-    assert set(calls) == {3}
-
-
-def test_some_images_after_the_others_add_up_in_float32(monkeypatch):
-    x, g = (jnp.asarray(normal(seed, (64, 4, 4, 4)), jnp.bfloat16) for seed in (40, 41))
-
-    def kernel_grad():
-        kernel = jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
-        return jax.jit(lambda x, g: jax.vjp(lambda kernel: conv(x, kernel, 1, 1), kernel)[1](g)[0])(x, g)
-
-    whole = kernel_grad()
-    calls = two_at_a_time(monkeypatch)
-    # But for where the last bit of a float32 decides how it is rounded.
-    different = np.asarray(kernel_grad() != whole)
-    assert set(calls) == {32} and different.mean() < 0.02
-
-
-def test_some_images_after_the_others_need_less_memory(monkeypatch):
-    def needs():
-        def kernel_grad(x, kernel, g):
-            return jax.vjp(lambda kernel: conv(x, kernel, 1, 1), kernel)[1](g)[0]
-
-        return megabytes(kernel_grad, (6, 64, 64, 16), (3, 3, 16, 16), (6, 64, 64, 16))
-
-    whole = needs()
-    two_at_a_time(monkeypatch)
-    assert needs() < 0.6 * whole
-
-
-def test_conv_transpose_with_the_images_side_by_side_equals_lax(monkeypatch):
-    monkeypatch.setattr(convolution, "_WORTH_A_COPY", 0)
-    for shape in SHAPES:
-        test_conv_transpose_equals_lax(shape)
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape", "size", "side_by_side"),
-    [
-        (functools.partial(conv, strides=1, padding=1), (4, 48, 56, 64), (3, 3, 64, 64), True),
-        (functools.partial(conv, strides=2, padding=1), (4, 48, 56, 64), (3, 3, 64, 128), True),
-        (functools.partial(conv, strides=1, padding=1), (1, 48, 56, 64), (3, 3, 64, 64), False),
-        (functools.partial(conv, strides=1, padding=1), (4, 24, 28, 128), (3, 3, 128, 128), False),
-        (functools.partial(conv, strides=1, padding=0), (4, 48, 56, 64), (1, 1, 64, 64), False),
-        (jax.grad(lambda x, kernel: conv(x, kernel, 1, 1).sum()), (4, 48, 56, 64), (3, 3, 64, 64), True),
-        (conv_transpose, (8, 176, 224, 32), (4, 4, 32, 16), True),
-        (conv_transpose, (4, 24, 28, 128), (4, 4, 128, 64), False),
-    ],
-)
-def test_images_lie_side_by_side_where_maps_are_narrow_and_on_cpu_only(layer, shape, size, side_by_side):
-    traced = jax.jit(layer).trace(jnp.zeros(shape), jnp.zeros(size))
-    for platform in ("cpu", "cuda"):
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-        inputs = re.findall(r"stablehlo\.(?:convolution|dot_general).* : \(tensor<(\d+)x", text)
-        batch = "1" if side_by_side and platform == "cpu" else str(shape[0])
-        assert set(inputs) == {batch}, platform
 
 
 def test_a_map_without_room_for_the_kernel_gives_nothing():
@@ -257,25 +179,61 @@ def test_conv_keeps_bfloat16_and_its_precision():
 @pytest.mark.parametrize(
     ("layer", "shape", "size", "products"),
     [
-        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 16), (3, 3), 1),  # of the kernel only
-        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 65), (3, 3), 0),
-        (functools.partial(conv, strides=1, padding=2), (1, 4, 4, 65), (3, 3), 1),  # of the kernel only
-        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 256), (3, 3), 1),  # of the input only
-        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 257), (3, 3), 2),
-        (functools.partial(conv, strides=2, padding=1), (1, 4, 4, 16), (3, 3), 2),
-        (conv_transpose, (1, 4, 4, 63), (4, 4), 1),  # of the kernel only
-        (conv_transpose, (1, 4, 4, 64), (4, 4), 0),
-        (conv_transpose, (1, 4, 4, 257), (4, 4), 1),
+        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 16), (3, 3), 0),
+        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 256), (3, 3), 0),
+        (functools.partial(conv, strides=1, padding=1), (1, 4, 4, 257), (3, 3), 1),
+        (functools.partial(conv, strides=2, padding=1), (1, 4, 4, 16), (3, 3), 1),
+        (conv_transpose, (1, 4, 4, 257), (4, 4), 0),
     ],
 )
-def test_which_gradients_are_products_on_cpu_and_none_on_gpu(layer, shape, size, products):
-    @jax.jit
-    def gradients(x, kernel):
-        return jax.grad(lambda x, kernel: layer(x, kernel).sum(), (0, 1))(x, kernel)
-
-    traced = gradients.trace(jnp.zeros(shape), jnp.zeros((*size, shape[-1], 4)))
+def test_which_input_gradients_are_products_on_cpu_and_none_on_gpu(layer, shape, size, products):
+    traced = jax.jit(gradients_of(layer)).trace(jnp.zeros(shape), jnp.zeros((*size, shape[-1], 4)))
     count = {p: traced.lower(lowering_platforms=(p,)).as_text().count("stablehlo.dot_general") for p in ("cpu", "cuda")}
     assert count == {"cpu": products, "cuda": 0}
+
+
+def gradients_of(layer):
+    return jax.grad(lambda x, kernel: layer(x, kernel).sum(), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "size", "features"),
+    [
+        (functools.partial(conv, strides=1, padding=1), (4, 8, 6, 5), (3, 3), 8),
+        (functools.partial(conv, strides=2, padding=3), (3, 28, 8, 5), (7, 7), 24),
+        (functools.partial(conv, strides=1, padding=1), (3, 4, 6, 5), (3, 3), 12),  # no more bands than rows
+        (functools.partial(conv, strides=1, padding=1), (16, 4, 6, 5), (3, 3), 16),
+        (conv_transpose, (4, 8, 6, 5), (4, 4), 8),
+        (conv_transpose, (16, 8, 6, 5), (4, 4), 16),
+    ],
+)
+def test_a_kernel_gradients_features_come_in_eights_on_cpu(layer, shape, size, features):
+    kernel = jnp.zeros((*size, shape[-1], 7))
+    traced = jax.jit(jax.grad(lambda kernel, x: layer(x, kernel).sum())).trace(kernel, jnp.zeros(shape))
+    for platform, expected in (("cpu", features), ("cuda", shape[0])):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        (line,) = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+        spec, sides = re.search(r"\[([\w, ]+)\]x", line)[1], re.search(r": \(tensor<([\dx]+)x", line)[1]
+        assert dict(zip(spec.split(", "), sides.split("x"), strict=True))["f"] == str(expected), platform
+
+
+def test_programs_with_the_compiler_options_take_no_ynnpack_for_convolutions():
+    arguments = jnp.zeros((4, 24, 28, 64)), jnp.zeros((3, 3, 64, 64))
+    options = convolution.compiler_options()
+    by_default, chosen = (
+        jax.jit(functools.partial(conv, strides=1, padding=1), compiler_options=given).lower(*arguments).compile()
+        for given in ({}, options)
+    )
+    assert "ynn_fusion" in by_default.as_text() and "ynn_fusion" not in chosen.as_text()
+
+
+def test_a_jax_that_knows_no_such_option_gets_none(monkeypatch):
+    def jit(function, compiler_options):
+        return plain(function, compiler_options=dict.fromkeys(compiler_options, "x") | {"xla_no_such_option": "x"})
+
+    plain = jax.jit
+    monkeypatch.setattr(jax, "jit", jit)
+    assert convolution.compiler_options.__wrapped__() == {}
 
 
 def test_conv_module_equals_flax_with_the_same_parameters():
