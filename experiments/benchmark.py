@@ -331,7 +331,9 @@ def _describe_machine() -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    product, side = jax.jit(jnp.matmul), 2048
+    from jaxseg.convolution import compiler_options
+
+    product, side = jax.jit(jnp.matmul, compiler_options=compiler_options()), 2048
     a = jnp.ones((side, side))
     product(a, a).block_until_ready()
     seconds = []
@@ -354,12 +356,13 @@ def _break_down(load: Any, settings: Settings) -> list[dict[str, Any]]:
     import numpy as np
 
     from experiments import works
+    from jaxseg.convolution import compiler_options
     from jaxseg.layers import max_pool
     from jaxseg.losses import pixel_cross_entropy
     from jaxseg.optimizer import make_optimizer
 
     def milliseconds(function: Any, *args: Any) -> float:
-        function = jax.jit(function)
+        function = jax.jit(function, compiler_options=compiler_options())
         jax.block_until_ready(function(*args))
         times = []
         for _ in range(settings.rounds):

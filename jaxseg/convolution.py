@@ -10,8 +10,9 @@ import numpy as np
 # With more channels than these a map is so small, and a kernel so large, that on a CPU the input's gradient is faster
 # as products, and a transposed convolution as what it is.
 _MANY_CHANNELS = 256
-# XLA's CPU backend gathers what a convolution sees by eights of the features, or one by one where they are no eights.
-_FEATURES_AT_ONCE = 8
+# XLA's CPU backend gathers what a convolution sees by eights of its input channels, or one by one if their number is no
+# multiple of eight.
+_GATHERED_AT_ONCE = 8
 
 
 @functools.cache
@@ -25,7 +26,9 @@ def compiler_options() -> dict[str, str]:
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
+    except jax.errors.JaxRuntimeError as error:
+        if not any(name in str(error) for name in options):
+            raise
         return {}
     return options
 
@@ -62,8 +65,8 @@ def _product(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int,
 def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], strides: int, padding: int) -> jax.Array:
     """The gradient of `_plain_conv` with respect to its kernel, `sum x[s i + u, s j + v] g[i, j]`, fast on a CPU.
 
-    It is a convolution whose features are the images. Where they are no multiple of `_FEATURES_AT_ONCE` each image is
-    cut into so many bands, each with the rows that its neighbour's outputs see as well, that they are.
+    It is a convolution whose input channels are the images. Where they are no multiple of `_GATHERED_AT_ONCE` each
+    image is cut into so many bands that they are, as far as it has rows; a band has what its outputs see of the next.
 
     Args:
       x: (N, H, W, C), the input.
@@ -77,17 +80,17 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
     """
     rows, columns, channels, features = shape
     n, height, width, _ = g.shape
-    # A program that is exported may not know its sizes.
+    # A program that is exported may not know its sizes; a map may have no room for the kernel.
     known = all(isinstance(length, int) for length in (*x.shape, *g.shape))
-    bands = min(math.lcm(n, _FEATURES_AT_ONCE) // n, height) if known else 1
-    # Where the output is larger than the input, XLA's own takes a hundred times longer.
-    larger = 2 * padding >= min(rows, columns)
-    if rows == columns == 1 and not padding:
+    if not known or 0 in g.shape or (rows == columns == 1 and not padding):
         return _kernel_grad_plain(x, g, shape, strides, padding)
+    bands = min(math.lcm(n, _GATHERED_AT_ONCE) // n, height)
+    # Where the output is larger than the input XLA's own takes a hundred times longer than this form.
+    larger = 2 * padding >= min(rows, columns)
     # A zero that is not known before g is: otherwise XLA makes the copies of x in the forward pass already, and keeps
     # those of all layers until the backward pass takes them. (An optimization_barrier is gone before it orders them.)
     zero = 0 * g[0, 0, 0, 0]
-    if not known or (bands == 1 and not larger):
+    if bands == 1 and not larger:
         return _kernel_grad_plain(x + zero, g, shape, strides, padding)
     band = -(-height // bands)
     seen, pitch = (band - 1) * strides + rows, band * strides
@@ -174,7 +177,10 @@ def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Arra
     def input_grad_plain(kernel: jax.Array, g: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda x: _plain_conv(x, kernel, strides, padding), x)(g)[0]
 
-    def input_grad_on_cpu(kernel: jax.Array, g: jax.Array) -> jax.Array:
+    def input_grad_on_cpu(kernel: jax.Array, g: jax.Array, kernel_grad: jax.Array) -> jax.Array:
+        # It waits for the kernel's: then x can be freed first, which matters in the head, whose maps are the largest.
+        if kernel.shape[:2] == (1, 1):
+            kernel += 0 * kernel_grad[0, 0, 0, 0]
         # A wide map of few channels has no need of products: nine times the gradient is much to write.
         if strides == 1 and x.shape[3] <= _MANY_CHANNELS:
             return input_grad_plain(kernel, g)
@@ -186,10 +192,10 @@ def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Arra
         cpu=lambda x, g: _kernel_grad_on_cpu(x, g, kernel.shape, strides, padding),
         default=lambda x, g: _kernel_grad_plain(x, g, kernel.shape, strides, padding),
     )
-    # In this order: of the last layer, whose maps are the largest, x is done with before its gradient takes its place.
-    if kernel.shape[:2] == (1, 1):
-        kernel += 0 * kernel_grad[0, 0, 0, 0]
-    return jax.lax.platform_dependent(kernel, g, cpu=input_grad_on_cpu, default=input_grad_plain), kernel_grad
+    x_grad = jax.lax.platform_dependent(
+        kernel, g, kernel_grad, cpu=input_grad_on_cpu, default=lambda kernel, g, _: input_grad_plain(kernel, g)
+    )
+    return x_grad, kernel_grad
 
 
 conv.defvjp(_conv_forward, _conv_backward)
@@ -249,16 +255,17 @@ def _turn(kernel: jax.Array) -> jax.Array:
 
 
 def _images_last(x: jax.Array) -> jax.Array:
+    """(N, H, W, C) -> (C, H, W, N)."""
     return x.transpose(3, 1, 2, 0)
 
 
 def _transposed_kernel_grad_on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
     channels, features = x.shape[3], g.shape[3]
     # Where bands are needed they are cheaper without a stride.
-    if isinstance(x.shape[0], int) and x.shape[0] % _FEATURES_AT_ONCE:
+    if isinstance(x.shape[0], int) and x.shape[0] % _GATHERED_AT_ONCE:
         return _kernel_from_blocks(_kernel_grad_on_cpu(x, _to_blocks(g), (2, 2, channels, 4 * features), 1, 1))
     # Behind a condition that only the numbers decide XLA cannot compute g anew, from blocks and in the other order:
-    # that takes four times as long as to copy it.
+    # that takes four times as long as to copy it. (With a g that is not finite all is NaN, as it would be anyway.)
     g = jax.lax.cond(0 * g[0, 0, 0, 0] == 0, _images_last, lambda g: jnp.full_like(_images_last(g), jnp.nan), g)
     taps = jax.lax.conv_general_dilated(
         g, x, (1, 1), [(1, 1)] * 2, rhs_dilation=(2, 2), dimension_numbers=("NHWC", "IHWO", "HWNC")

@@ -36,18 +36,18 @@ def pixel_cross_entropy(
 
     Source: equals torch.nn.functional.cross_entropy(..., weight, ignore_index) where a pixel is valid.
     """
-    valid = label != ignore_label
-    safe_label = jnp.where(valid, label, 0).astype(jnp.int32)
-    # Compared and added, not looked up: the indices would take as much memory as half the logits.
-    is_label = safe_label[..., None] == jnp.arange(logits.shape[-1])
-    logits = logits.astype(jnp.float32)
+    valid, logits, num_classes = label != ignore_label, logits.astype(jnp.float32), logits.shape[-1]
+    # Compared and added, not looked up: the indices would take as much memory as the logits of four classes.
+    is_label = label[..., None] == jnp.arange(num_classes)
     cross_entropy = jax.nn.logsumexp(logits, -1) - jnp.where(is_label, logits, 0).sum(-1)
+    # Of a label that is none the loss must tell.
+    cross_entropy = jnp.where((label >= 0) & (label < num_classes), cross_entropy, jnp.nan)
     if class_weights is None:
         count = valid.sum(dtype=jnp.int32).astype(jnp.float32)
     else:
-        if len(class_weights) != logits.shape[-1] or not all(0 < weight < math.inf for weight in class_weights):
-            raise ValueError(f"class_weights must be {logits.shape[-1]} finite numbers above 0, not {class_weights}")
-        weight = jnp.array(class_weights, jnp.float32)[safe_label]
+        if len(class_weights) != num_classes or not all(0 < weight < math.inf for weight in class_weights):
+            raise ValueError(f"class_weights must be {num_classes} finite numbers above 0, not {class_weights}")
+        weight = jnp.array(class_weights, jnp.float32)[jnp.where(valid, label, 0).astype(jnp.int32)]
         cross_entropy, count = weight * cross_entropy, jnp.where(valid, weight, 0.0).sum()
     if axis_name is not None:
         count = jax.lax.pmean(count, axis_name)

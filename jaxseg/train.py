@@ -294,7 +294,7 @@ def pmap_step(
     out_axes = 0 if per_image else None
     donated = 0 if donate else ()
     mapped = jax.pmap(step, AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=donated)
-    # With several processes JAX knows no way to give a pmap options.
+    # Of several processes a pmap converts its arrays on the host, which no jit around it can trace.
     if jax.process_count() > 1:
         return mapped
     return jax.jit(mapped, donate_argnums=donated, compiler_options=compiler_options())

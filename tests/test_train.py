@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from jaxseg import checkpoint, metrics, train
+from jaxseg.convolution import compiler_options
 from jaxseg.data import loader
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.layers import BatchNorm
@@ -227,12 +228,12 @@ def run_stage(variables, freeze, epochs, steps, devices=DEVICES, evaluate=evalua
     )
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_the_loop_compiles_each_step_once(variables, freeze):
+@pytest.mark.parametrize(("freeze", "devices"), [(True, DEVICES), (False, DEVICES), (False, DEVICES[:1])])
+def test_the_loop_compiles_each_step_once(variables, freeze, devices):
     compiled = []
     eval_batches = [{**make_batch(9), "label_size": np.full((8, 2), (32, 64), np.int32)}] * 2
-    evaluate = functools.partial(train.make_evaluate(MODEL, NUM_CLASSES, DEVICES), batches=eval_batches)
-    events = run_stage(variables, freeze, 3, 4, evaluate=evaluate)
+    evaluate = functools.partial(train.make_evaluate(MODEL, NUM_CLASSES, devices), batches=eval_batches)
+    events = run_stage(variables, freeze, 3, 4, devices, evaluate)
 
     def count(name, *_, **__):
         if name == "/jax/core/compile/backend_compile_duration":
@@ -245,6 +246,14 @@ def test_the_loop_compiles_each_step_once(variables, freeze):
         jax.monitoring.unregister_event_duration_listener(count)
     # The training step and the evaluation step in the first epoch, nothing after it.
     assert at_epoch_end == [2, 2, 2]
+
+
+def test_a_step_is_compiled_with_the_options(monkeypatch):
+    jit, asked = jax.jit, []
+    monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: asked.append(kwargs) or jit(*args, **kwargs))
+    train.pmap_step(lambda state, batch: state, DEVICES[:1])
+    (kwargs,) = (kwargs for kwargs in asked if "donate_argnums" in kwargs)
+    assert kwargs["compiler_options"] == compiler_options()
 
 
 def test_the_loop_tells_every_step_and_epoch_in_order(variables):
