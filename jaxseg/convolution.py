@@ -243,8 +243,12 @@ def _plain_conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _conv_transpose_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    # Of so many channels the kernel is what takes long to lay anew.
-    if x.shape[3] > _MANY_CHANNELS:
+    # Of so many channels the kernel is what takes long to lay anew. On a map smaller than the kernel XLA's own takes
+    # twenty times longer; nor may the size be known, in a program that is exported.
+    has_room = all(
+        isinstance(side, int) and side >= length for side, length in zip(x.shape[1:3], kernel.shape[:2], strict=True)
+    )
+    if x.shape[3] > _MANY_CHANNELS and has_room:
         return _plain_conv_transpose(x, kernel)
     return _from_blocks(_plain_conv(x, _kernel_to_blocks(kernel), 1, 1))
 
@@ -265,7 +269,7 @@ def _transposed_kernel_grad_on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
     if isinstance(x.shape[0], int) and x.shape[0] % _GATHERED_AT_ONCE:
         return _kernel_from_blocks(_kernel_grad_on_cpu(x, _to_blocks(g), (2, 2, channels, 4 * features), 1, 1))
     # Behind a condition that only the numbers decide XLA cannot compute g anew, from blocks and in the other order:
-    # that takes four times as long as to copy it. (With a g that is not finite all is NaN, as it would be anyway.)
+    # that takes four times as long as to copy it. (Where g is not finite all becomes NaN, as it would in the end.)
     g = jax.lax.cond(0 * g[0, 0, 0, 0] == 0, _images_last, lambda g: jnp.full_like(_images_last(g), jnp.nan), g)
     taps = jax.lax.conv_general_dilated(
         g, x, (1, 1), [(1, 1)] * 2, rhs_dilation=(2, 2), dimension_numbers=("NHWC", "IHWO", "HWNC")

@@ -40,8 +40,8 @@ def pixel_cross_entropy(
     # Compared and added, not looked up: the indices would take as much memory as the logits of four classes.
     is_label = label[..., None] == jnp.arange(num_classes)
     cross_entropy = jax.nn.logsumexp(logits, -1) - jnp.where(is_label, logits, 0).sum(-1)
-    # Of a label that is none the loss must tell.
-    cross_entropy = jnp.where((label >= 0) & (label < num_classes), cross_entropy, jnp.nan)
+    # A label that is none makes the loss infinite, or no number; nothing else here is, for `jax.debug_nans` to find.
+    cross_entropy /= jnp.where(valid & ((label < 0) | (label >= num_classes)), 0.0, 1.0)
     if class_weights is None:
         count = valid.sum(dtype=jnp.int32).astype(jnp.float32)
     else:

@@ -21,7 +21,16 @@ from jaxseg.layers import BatchNorm, Conv, ConvTranspose, dropout, max_pool
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "layers_torch.npz"
 # (N, H, W, C)
 SHAPES = [
-    *[(2, 6, 8, 5), (1, 1, 1, 1), (1, 7, 5, 3), (3, 1, 4, 2), (2, 9, 2, 1), (2, 3, 2, 64), (1, 2, 3, 257)],
+    *[
+        (2, 6, 8, 5),
+        (1, 1, 1, 1),
+        (1, 7, 5, 3),
+        (3, 1, 4, 2),
+        (2, 9, 2, 1),
+        (2, 3, 2, 64),
+        (1, 2, 3, 257),
+        (1, 4, 4, 257),
+    ],
     *[(8, 3, 2, 5), (6, 5, 2, 3)],
 ]
 
@@ -216,6 +225,13 @@ def test_a_kernel_gradients_features_come_in_eights_on_cpu(layer, shape, size, f
         (line,) = [line for line in text.splitlines() if "stablehlo.convolution" in line]
         spec, sides = re.search(r"\[([\w, ]+)\]x", line)[1], re.search(r": \(tensor<([\dx]+)x", line)[1]
         assert dict(zip(spec.split(", "), sides.split("x"), strict=True))["f"] == str(expected), platform
+
+
+@pytest.mark.parametrize(("shape", "blocks"), [((1, 4, 4, 257), 0), ((1, 3, 4, 257), 1), ((1, 4, 4, 256), 1)])
+def test_of_many_channels_a_transposed_convolution_is_what_it_is_where_there_is_room(shape, blocks):
+    arguments = jnp.zeros(shape), jnp.zeros((4, 4, shape[-1], 3))
+    text = jax.jit(conv_transpose).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text()
+    assert ("lhs_dilate = [2, 2]" in text) == (not blocks)
 
 
 def test_programs_with_the_compiler_options_take_no_ynnpack_for_convolutions():
