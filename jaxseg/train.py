@@ -279,6 +279,8 @@ def pmap_step(
       per_image: outputs keep the leading axes (devices, images per device).
       keyed: the step is `step(state, batch, key)`, the key the same on all devices.
 
+    One process compiles it with `jaxseg.convolution.compiler_options`; of several, JAX takes none.
+
     Under `jax.debug_nans` the first device computes the parts of all, which gives the same: of a pmap, JAX cannot tell
     the operation that gave the first NaN.
     """
@@ -294,7 +296,7 @@ def pmap_step(
     out_axes = 0 if per_image else None
     donated = 0 if donate else ()
     mapped = jax.pmap(step, AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=donated)
-    # Of several processes a pmap converts its arrays on the host, which no jit around it can trace.
+    # With several processes a pmap converts its arrays on the host, which no jit around it can trace.
     if jax.process_count() > 1:
         return mapped
     return jax.jit(mapped, donate_argnums=donated, compiler_options=compiler_options())

@@ -682,14 +682,15 @@ def is_shape(x):
     return isinstance(x, tuple) and all(isinstance(length, int) for length in x)
 
 
+# Eight images are copied by XLA, two in bands.
+@pytest.mark.parametrize("shape", [(2, 64, 64, 64), (8, 32, 32, 64)])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map(normalised):
+def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map(normalised, shape):
     """Its input is copied for the kernel's gradient when that is computed, not in the forward pass.
 
     Besides the map XLA may keep where the ReLU let it pass, a byte for each value. Of a batch norm it keeps the input
     alone, and not what that is when it is centred.
     """
-    shape = (2, 64, 64, 64)
     variables = BatchNorm(False).init(jax.random.key(0), jnp.zeros(shape[-1:]))
 
     def loss(kernels, x):
