@@ -7,12 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxseg.winograd import (
+    GATHERED_AT_ONCE,
+    copies,
+    winograd,
+    winograd_input_grad,
+    winograd_kernel_grad,
+    winograd_pays,
+)
+
 # With more channels than these a map is so small, and a kernel so large, that on a CPU the input's gradient is faster
 # as products, and a transposed convolution as what it is.
 _MANY_CHANNELS = 256
-# XLA's CPU backend gathers what a convolution sees by eights of its input channels, or one by one if their number is no
-# multiple of eight.
-_GATHERED_AT_ONCE = 8
 
 
 @functools.cache
@@ -65,7 +71,7 @@ def _product(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int,
 def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], strides: int, padding: int) -> jax.Array:
     """The gradient of `_plain_conv` with respect to its kernel, `sum x[s i + u, s j + v] g[i, j]`, fast on a CPU.
 
-    It is a convolution whose input channels are the images. Where they are no multiple of `_GATHERED_AT_ONCE` each
+    It is a convolution whose input channels are the images. Where they are no multiple of `GATHERED_AT_ONCE` each
     image is cut into so many bands that they are, as far as it has rows; a band has what its outputs see of the next.
 
     Args:
@@ -80,11 +86,13 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
     """
     rows, columns, channels, features = shape
     n, height, width, _ = g.shape
+    if winograd_pays(x, shape, strides, padding, kernel_grad=True):
+        return winograd_kernel_grad(x, g)
     # A program that is exported may not know its sizes; a map may have no room for the kernel.
     known = all(isinstance(length, int) for length in (*x.shape, *g.shape))
     if not known or 0 in g.shape or (rows == columns == 1 and not padding):
         return _kernel_grad_plain(x, g, shape, strides, padding)
-    bands = min(math.lcm(n, _GATHERED_AT_ONCE) // n, height)
+    bands = min(math.lcm(n, GATHERED_AT_ONCE) // n, height)
     # Where the output is larger than the input XLA's own takes a hundred times longer than this form.
     larger = 2 * padding >= min(rows, columns)
     # A zero that is not known before g is: otherwise XLA makes the copies of x in the forward pass already, and keeps
@@ -147,11 +155,12 @@ def _input_grad_by_products(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
-    """Convolves (cross-correlates) as `jax.lax.conv_general_dilated` does, with faster gradients on CPU.
+    """Convolves (cross-correlates) as `jax.lax.conv_general_dilated` does, faster on CPU.
 
-    XLA's CPU backend is up to twice as fast on the gradient with respect to the kernel where images and bands of them
-    come in eights; that with respect to the input is faster as a matrix product where there are many channels or a
-    stride. Reverse-mode differentiation only.
+    There 3x3 convolutions in float32 are those of `jaxseg.winograd`, where it pays, which rounds a little more. XLA's
+    CPU backend is up to twice as fast on the gradient with respect to the kernel where images and bands of them come in
+    eights; that with respect to the input is faster as a matrix product where there are many channels or a stride.
+    Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float.
@@ -164,11 +173,15 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Arr
 
     Source: equals PyTorch's `Conv2d(C, O, (KH, KW), strides, padding, bias=False)` with kernel.transpose(3, 2, 0, 1).
     """
-    return _plain_conv(x, kernel, strides, padding)
+    if not winograd_pays(x, kernel.shape, strides, padding):
+        return _plain_conv(x, kernel, strides, padding)
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=winograd, default=lambda x, kernel: _plain_conv(x, kernel, strides, padding)
+    )
 
 
 def _conv_forward(x: jax.Array, kernel: jax.Array, strides: int, padding: int):
-    return _plain_conv(x, kernel, strides, padding), (x, kernel)
+    return conv(x, kernel, strides, padding), (x, kernel)
 
 
 def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Array], g: jax.Array):
@@ -181,6 +194,8 @@ def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Arra
         # It waits for the kernel's: then x can be freed first, which matters in the head, whose maps are the largest.
         if kernel.shape[:2] == (1, 1):
             kernel += 0 * kernel_grad[0, 0, 0, 0]
+        if winograd_pays(g, kernel.shape, strides, padding):
+            return winograd_input_grad(g, kernel)
         # A wide map of few channels has no need of products: nine times the gradient is much to write.
         if strides == 1 and x.shape[3] <= _MANY_CHANNELS:
             return input_grad_plain(kernel, g)
@@ -258,19 +273,13 @@ def _turn(kernel: jax.Array) -> jax.Array:
     return kernel[::-1, ::-1].transpose(0, 1, 3, 2)
 
 
-def _images_last(x: jax.Array) -> jax.Array:
-    """(N, H, W, C) -> (C, H, W, N)."""
-    return x.transpose(3, 1, 2, 0)
-
-
 def _transposed_kernel_grad_on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
     channels, features = x.shape[3], g.shape[3]
     # Where bands are needed they are cheaper without a stride.
-    if isinstance(x.shape[0], int) and x.shape[0] % _GATHERED_AT_ONCE:
+    if isinstance(x.shape[0], int) and x.shape[0] % GATHERED_AT_ONCE:
         return _kernel_from_blocks(_kernel_grad_on_cpu(x, _to_blocks(g), (2, 2, channels, 4 * features), 1, 1))
-    # Behind a condition that only the numbers decide XLA cannot compute g anew, from blocks and in the other order:
-    # that takes four times as long as to copy it. (Where g is not finite all becomes NaN, as it would in the end.)
-    g = jax.lax.cond(0 * g[0, 0, 0, 0] == 0, _images_last, lambda g: jnp.full_like(_images_last(g), jnp.nan), g)
+    # Otherwise XLA would compute g anew, from blocks and in the other order.
+    (g,) = copies(lambda g: g.transpose(3, 1, 2, 0), [g])
     taps = jax.lax.conv_general_dilated(
         g, x, (1, 1), [(1, 1)] * 2, rhs_dilation=(2, 2), dimension_numbers=("NHWC", "IHWO", "HWNC")
     )

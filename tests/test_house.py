@@ -8,6 +8,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The modules of jaxseg that each one may import; a module that is not named may import none.
 ALLOWED = {
     "jaxseg.augment": {"jaxseg.data.canvases"},
+    "jaxseg.convolution": {"jaxseg.winograd"},
     "jaxseg.layers": {"jaxseg.convolution"},
     "jaxseg.resnet": {"jaxseg.layers"},
     "jaxseg.segmenter": {"jaxseg.layers"},

@@ -1,0 +1,141 @@
+"""winograd.py against the convolution in float64, and where it is taken."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxseg import winograd as module
+from jaxseg.convolution import conv
+from jaxseg.winograd import copies, winograd, winograd_input_grad, winograd_kernel_grad, winograd_pays
+from tests.test_layers import assert_close, normal, numpy_conv, value_and_gradients
+
+# (N, H, W, C, O): heights that are a multiple of four, and that are one or two short of it; numbers of images with one,
+# two, four and eight of whose tiles eight come together; images in one group, in several, and one by one.
+CASES = [
+    (1, 32, 5, 32, 32),
+    (2, 16, 7, 32, 40),
+    (3, 23, 4, 33, 32),
+    (4, 11, 6, 40, 33),
+    (5, 24, 1, 32, 32),
+    (6, 7, 9, 32, 33),
+    (8, 3, 10, 33, 64),
+]
+
+
+def inputs(case, mean=0.0):
+    n, height, width, channels, features = case
+    return normal(1, (n, height, width, channels)) + np.float32(mean), normal(2, (3, 3, channels, features))
+
+
+def gradient_of(output):
+    """What `numpy_conv` takes the gradients for."""
+    return np.cos(np.arange(output.size, dtype=np.float32)).reshape(output.shape)
+
+
+@pytest.mark.parametrize("at_once", [6 * 2**20, 20_000, 1])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_convolution_and_its_gradients_equal_numpy_in_float64(case, at_once, monkeypatch):
+    monkeypatch.setattr(module, "_AT_ONCE", at_once)
+    x, kernel = inputs(case)
+    output, x_grad, kernel_grad = numpy_conv(x, kernel, 1, 1)
+    g = gradient_of(output)
+    # Compiled anew: at_once is no argument.
+    got = jax.jit(lambda x, kernel, g: (winograd(x, kernel), winograd_input_grad(g, kernel)))(x, kernel, g)
+    assert_close(got, [output, x_grad], 1e-5)
+    assert_close([jax.jit(lambda x, g: winograd_kernel_grad(x, g))(x, g)], [kernel_grad], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", [(4, 12, 7, 32, 32), (1, 8, 9, 32, 64), (6, 8, 6, 64, 64), (3, 13, 8, 128, 32)], ids=str
+)
+def test_conv_equals_numpy_where_it_takes_this_form(case):
+    x, kernel = inputs(case)
+    assert winograd_pays(x, kernel.shape, 1, 1)
+    got = value_and_gradients(functools.partial(conv, strides=1, padding=1), x, kernel)
+    assert_close(got, numpy_conv(x, kernel, 1, 1), 1e-5)
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean):
+    x, kernel = inputs((2, 24, 28, 128, 64), mean)
+    exact = numpy_conv(x, kernel, 1, 1)[0]
+    plain = jax.lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    error, plain_error = (
+        np.sqrt(np.mean((np.asarray(y, np.float64) - exact) ** 2)) for y in (winograd(x, kernel), plain)
+    )
+    assert plain_error < error < 6 * plain_error
+
+
+def test_a_filter_that_moves_each_channel_gives_back_the_map():
+    """Integers are exact: every product and sum of them is, but for the sixths of the kernel's rows."""
+    x = np.random.default_rng(3).integers(-9, 9, (2, 10, 8, 32)).astype(np.float32)
+    kernel = np.zeros((3, 3, 32, 32), np.float32)
+    kernel[0, 2] = np.eye(32)  # one up, one to the right
+    expected = np.pad(x, ((0, 0), (1, 0), (0, 1), (0, 0)))[:, :-1, 1:]
+    np.testing.assert_allclose(winograd(x, kernel), expected, atol=1e-4)
+
+
+SMALL = (3, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "strides", "padding", "pays"),
+    [
+        ((4, 48, 56, 64), SMALL, 1, 1, (True, True)),
+        ((4, 48, 56, 64), SMALL, 2, 1, (False, False)),
+        ((4, 48, 56, 64), SMALL, 1, 0, (False, False)),
+        ((4, 48, 56, 64), (1, 1, 64, 64), 1, 1, (False, False)),
+        ((4, 48, 56, 64), (3, 3, 64, 9), 1, 1, (False, False)),  # few features
+        ((4, 48, 56, 3), (3, 3, 3, 64), 1, 1, (False, False)),  # few channels
+        ((4, 6, 7, 512), (3, 3, 512, 512), 1, 1, (False, False)),  # more channels than pixels
+        ((8, 11, 14, 512), (3, 3, 512, 512), 1, 1, (True, True)),
+        ((4, 12, 14, 256), (3, 3, 256, 256), 1, 1, (True, True)),
+        ((5, 12, 14, 256), (3, 3, 256, 256), 1, 1, (True, False)),  # 15 tiles; 40 would come in eights
+        ((64, 5, 14, 64), SMALL, 1, 1, (False, False)),  # two tiles for five rows
+        ((1, 176, 224, 64), SMALL, 1, 1, (False, False)),  # an image does not fit into the cache
+        ((1, 176, 224, 128), (3, 3, 128, 128), 1, 1, (True, False)),
+        ((0, 48, 56, 64), SMALL, 1, 1, (False, False)),
+    ],
+)
+def test_where_it_pays(shape, kernel, strides, padding, pays):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert tuple(winograd_pays(x, kernel, strides, padding, kernel_grad) for kernel_grad in (False, True)) == pays
+
+
+def test_it_takes_float32_and_known_sizes_only():
+    x = jax.ShapeDtypeStruct((4, 48, 56, 64), jnp.bfloat16)
+    assert not winograd_pays(x, SMALL, 1, 1)
+    unknown = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, h, 56, 64"), jnp.float32)
+    assert not winograd_pays(unknown, SMALL, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "cpu"),
+    [(None, 6), (0, 6), (1, 6)],  # the output, the gradients of x and the kernel
+)
+def test_a_cpu_takes_six_narrow_convolutions_and_a_gpu_one(argument, cpu):
+    layer = functools.partial(conv, strides=1, padding=1)
+    function = layer if argument is None else jax.grad(lambda x, kernel: layer(x, kernel).sum(), argument)
+    traced = jax.jit(function).trace(jnp.zeros((4, 12, 8, 32)), jnp.zeros((3, 3, 32, 32)))
+    counts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
+        for platform in ("cpu", "cuda")
+    }
+    assert counts == {"cpu": cpu, "cuda": 1}
+
+
+@pytest.mark.parametrize(("number", "groups"), [(1, 1), (2, 1), (3, 3), (4, 2), (6, 3), (7, 7), (8, 4)])
+def test_groups_are_equal_and_fit_at_once_unless_they_are_one_image(number, groups, monkeypatch):
+    x = jax.ShapeDtypeStruct((number, 4, 4, 8), jnp.float32)
+    monkeypatch.setattr(module, "_AT_ONCE", 2 * 4 * 4 * 4 * 8)
+    assert module._groups(x) == groups
+
+
+def test_copies_change_the_order_and_are_not_finite_where_the_first_number_is_not():
+    arrays = [jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))]
+    for got, array in zip(copies(jnp.transpose, arrays), arrays, strict=True):
+        np.testing.assert_array_equal(got, array.T)
+    assert all(jnp.isnan(got).all() for got in copies(jnp.transpose, [arrays[0].at[0, 0].set(jnp.inf), arrays[1]]))
