@@ -71,8 +71,9 @@ def _product(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int,
 def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], strides: int, padding: int) -> jax.Array:
     """The gradient of `_plain_conv` with respect to its kernel, `sum x[s i + u, s j + v] g[i, j]`, fast on a CPU.
 
-    It is a convolution whose input channels are the images. Where they are no multiple of `GATHERED_AT_ONCE` each
-    image is cut into so many bands that they are, as far as it has rows; a band has what its outputs see of the next.
+    Where `winograd_kernel_grad` does not pay it is a convolution whose input channels are the images. If they are no
+    multiple of `GATHERED_AT_ONCE` each image is cut into so many bands that they are, as far as it has rows; a band has
+    what its outputs see of the next.
 
     Args:
       x: (N, H, W, C), the input.

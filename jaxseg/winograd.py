@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-# Four outputs of a filter of three taps are a product of polynomials: known by its values at 0, 1, -1, 2, -2 and
-# infinity it takes six multiplications, not twelve. For each of the six, how rows of the input are added, and how those
-# of the kernel; for each of the four outputs, how the six products are.
+# Four outputs of a filter of three taps are the transpose of a product of polynomials, which its values at 0, 1, -1, 2,
+# -2 and infinity determine: six multiplications, not twelve. For each of the six, how rows of the input are added, and
+# how those of the kernel; for each of the four outputs, how the six products are.
 _OF_INPUT = (
     (4, 0, -5, 0, 1, 0),
     (0, -4, -4, 1, 1, 0),
@@ -28,8 +28,10 @@ _OF_KERNEL = (
 )
 _OF_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 _TILE = len(_OF_OUTPUT)
-# What is added is soon done in the processor's cache only: so many bytes of the map are worked on at a time.
+# Adding is fast only within the processor's cache: so many bytes of the map are worked on at a time.
 _AT_ONCE = 6 * 2**20
+# Each group of images is compiled for itself.
+_MOST_GROUPS = 4
 # XLA's CPU backend gathers what a convolution sees by eights of its input channels, or one by one if their number is no
 # multiple of eight.
 GATHERED_AT_ONCE = 8
@@ -38,12 +40,14 @@ GATHERED_AT_ONCE = 8
 def winograd_pays(x: jax.Array, shape: tuple[int, ...], strides: int, padding: int, kernel_grad: bool = False) -> bool:
     """Whether a CPU is faster on a convolution in the form of this module, which has no strides.
 
-    There must be more pixels than channels, or adding the kernel's rows takes longer than the products; a map that fits
-    into the cache, image by image at least, or many channels; and a height that the tiles do not exceed by much. In
-    bfloat16 the sums would lose too much, and a program that is exported may not know its sizes.
+    As measured: there must be twice as many pixels as channels, or adding the kernel's rows takes longer than the
+    products; a map that fits into the cache, or does in a few groups of images, or so many channels that there is more
+    to multiply than to add (not so for the kernel's gradient, whose sums are copied, too); not so few channels that it
+    is the other way round; and tiles that exceed the height by no more than half. In bfloat16 the sums would lose too
+    much, and a program that is exported may not know its sizes.
 
     Args:
-      x: (N, H, W, C), the input.
+      x: (N, H, W, C), the input, or the gradient at the output.
       shape: (KH, KW, C, O) of the kernel.
       strides: of both axes.
       padding: on each of the four sides.
@@ -53,10 +57,11 @@ def winograd_pays(x: jax.Array, shape: tuple[int, ...], strides: int, padding: i
     if not known or 0 in x.shape or shape[:2] != (3, 3) or (strides, padding) != (1, 1) or x.dtype != jnp.float32:
         return False
     n, height, width, channels = x.shape
-    fits = 4 * height * width * channels <= _AT_ONCE or (channels >= 128 and not kernel_grad)
+    fits = 4 * height * width * channels <= _AT_ONCE and _groups(x) <= _MOST_GROUPS
     return (
-        fits
+        (fits or (channels >= 128 and not kernel_grad))
         and min(shape[2:]) >= 32
+        and width >= 3
         and n * height * width >= 2 * channels
         and 2 * _TILE * _tiles(x, kernel_grad) <= 3 * height
     )
@@ -64,6 +69,8 @@ def winograd_pays(x: jax.Array, shape: tuple[int, ...], strides: int, padding: i
 
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves with padding 1, as `conv(x, kernel, 1, 1)` does; the errors of rounding are some three times as large.
+
+    A value that is not finite reaches all outputs of its tiles, or all there are.
 
     Args:
       x: (N, H, W, C) float32.
@@ -74,7 +81,7 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", along one axis.
     """
-    return _by_groups(functools.partial(_convolve, kernels=_of_kernel(kernel)), x)
+    return _by_groups(functools.partial(_convolve, kernels=_of_kernel(kernel, x)), x)
 
 
 def winograd_input_grad(g: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -87,7 +94,7 @@ def winograd_input_grad(g: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       (N, H, W, C) float32.
     """
-    kernels = copies(lambda kernel: kernel[:, ::-1].transpose(0, 1, 3, 2), _of_kernel(kernel[::-1]))
+    kernels = copies(lambda kernel: kernel[:, ::-1].transpose(0, 1, 3, 2), _of_kernel(kernel[::-1], g))
     return _by_groups(functools.partial(_convolve, kernels=kernels), g)
 
 
@@ -102,44 +109,39 @@ def winograd_kernel_grad(x: jax.Array, g: jax.Array) -> jax.Array:
       (3, 3, C, O) float32.
     """
     tiles, groups = _tiles(x, kernel_grad=True), _groups(x)
-    # A zero that is not known before g is: otherwise XLA adds the rows of x in the forward pass already.
-    zero = 0 * g[0, 0, 0, 0]
 
-    def products(x: jax.Array, g: jax.Array) -> list[jax.Array]:
+    def products(x: jax.Array, g: jax.Array, zero: jax.Array) -> list[jax.Array]:
         inputs = _sums(_OF_INPUT, _rows(x, tiles, _TILE + 2, 1, zero))
-        outputs = _sums(tuple(zip(*_OF_OUTPUT, strict=True)), _rows(g, tiles, _TILE, 0, zero))
+        outputs = _sums(tuple(zip(*_OF_OUTPUT, strict=True)), _rows(g, tiles, _TILE, 0, 0.0))
         inputs = copies(lambda x: _tiles_together(x).transpose(2, 1, 0)[:, None], inputs)
         outputs = copies(lambda g: _tiles_together(g).transpose(1, 0, 2)[None], outputs)
         return [_conv_1x3(x, g) for x, g in zip(inputs, outputs, strict=True)]
 
-    if groups == 1:
-        totals = products(x, g)
-    else:
-        nothing = [jnp.zeros((x.shape[3], 1, 3, g.shape[3]), x.dtype)] * len(_OF_INPUT)
-        totals, _ = jax.lax.scan(
-            lambda totals, group: ([a + b for a, b in zip(totals, products(*group), strict=True)], None),
-            nothing,
-            (_in_groups(x, groups), _in_groups(g, groups)),
-        )
+    # A zero that is not known before g is: otherwise XLA adds the rows of x in the forward pass already. And one group
+    # waits for the other.
+    totals, zero = [jnp.zeros((), x.dtype)] * len(_OF_INPUT), 0 * g[0, 0, 0, 0]
+    for group in zip(_in_groups(x, groups), _in_groups(g, groups), strict=True):
+        totals = [total + product for total, product in zip(totals, products(*group, zero), strict=True)]
+        zero = 0 * totals[0][0, 0, 0, 0]
     return jnp.concatenate(_sums(tuple(zip(*_OF_KERNEL, strict=True)), totals), axis=1).transpose(1, 2, 0, 3)
 
 
 def copies(change: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Applies a change of the order of axes to each array so that XLA's CPU backend does nothing else in that loop.
+    """Changes the order of each array's axes so that XLA's CPU backend does nothing else in that loop.
 
     It is fast at copying in another order, but four times as slow at computing in it, which it would do where something
     is computed just before; behind a condition that only the numbers decide it cannot. (Where the first number is not
     finite all becomes NaN, as it would in the end.)
     """
+    zero = 0 * arrays[0][(0,) * arrays[0].ndim]
 
-    def changed(*arrays: jax.Array) -> list[jax.Array]:
+    def changed(zero: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
         return [change(array) for array in arrays]
 
-    def not_finite(*arrays: jax.Array) -> list[jax.Array]:
-        return [jnp.full_like(array, jnp.nan) for array in changed(*arrays)]
+    def not_finite(zero: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        return [change(array) + zero for array in arrays]
 
-    first = arrays[0][(0,) * arrays[0].ndim]
-    return jax.lax.cond(0 * first == 0, changed, not_finite, *arrays)
+    return jax.lax.cond(zero == 0, changed, not_finite, zero, *arrays)
 
 
 def _groups(x: jax.Array) -> int:
@@ -154,10 +156,13 @@ def _in_groups(x: jax.Array, groups: int) -> jax.Array:
 
 def _by_groups(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     groups = _groups(x)
-    if groups == 1:
+    if groups == 1 or groups > _MOST_GROUPS:
         return f(x)
-    y = jax.lax.map(f, _in_groups(x, groups))
-    return y.reshape(-1, *y.shape[2:])
+    parts: list[jax.Array] = []
+    for part in _in_groups(x, groups):
+        # One after the other: the next one waits for a zero. (A `lax.map` would keep the map and the output twice.)
+        parts.append(f(part + 0 * parts[-1][0, 0, 0, 0] if parts else part))
+    return jnp.concatenate(parts)
 
 
 def _tiles(x: jax.Array, kernel_grad: bool) -> int:
@@ -191,9 +196,10 @@ def _sums(weights: Sequence[Sequence[float]], terms: Sequence[jax.Array]) -> lis
     return [total(row) for row in weights]
 
 
-def _of_kernel(kernel: jax.Array) -> list[jax.Array]:
-    """(3, 3, C, O) -> six of (1, 3, C, O)."""
-    return _sums(_OF_KERNEL, [kernel[row : row + 1] for row in range(3)])
+def _of_kernel(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
+    """(3, 3, C, O) -> six of (1, 3, C, O), such that XLA does not compute them before x, and keep them."""
+    zero = 0 * x[0, 0, 0, 0]
+    return _sums(_OF_KERNEL, [kernel[row : row + 1] + zero for row in range(3)])
 
 
 def _conv_1x3(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -12,15 +12,15 @@ from jaxseg.convolution import conv
 from jaxseg.winograd import copies, winograd, winograd_input_grad, winograd_kernel_grad, winograd_pays
 from tests.test_layers import assert_close, normal, numpy_conv, value_and_gradients
 
-# (N, H, W, C, O): heights that are a multiple of four, and that are one or two short of it; numbers of images with one,
-# two, four and eight of whose tiles eight come together; images in one group, in several, and one by one.
+# (N, H, W, C, O): heights that four divides, and that are one, two and three short of it; numbers of images that need
+# eight, four, two times as many tiles, or any number, for eights of them; images in one group, in several, one by one.
 CASES = [
     (1, 32, 5, 32, 32),
     (2, 16, 7, 32, 40),
-    (3, 23, 4, 33, 32),
+    (3, 22, 4, 33, 32),
     (4, 11, 6, 40, 33),
     (5, 24, 1, 32, 32),
-    (6, 7, 9, 32, 33),
+    (6, 9, 9, 32, 33),
     (8, 3, 10, 33, 64),
 ]
 
@@ -35,7 +35,7 @@ def gradient_of(output):
     return np.cos(np.arange(output.size, dtype=np.float32)).reshape(output.shape)
 
 
-@pytest.mark.parametrize("at_once", [6 * 2**20, 20_000, 1])
+@pytest.mark.parametrize("at_once", [6 * 2**20, 30_000, 1])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_convolution_and_its_gradients_equal_numpy_in_float64(case, at_once, monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", at_once)
@@ -48,29 +48,81 @@ def test_the_convolution_and_its_gradients_equal_numpy_in_float64(case, at_once,
     assert_close([jax.jit(lambda x, g: winograd_kernel_grad(x, g))(x, g)], [kernel_grad], 1e-5)
 
 
+def ways(case, x, kernel):
+    """Whether the output and the gradients of the input and of the kernel take this form."""
+    g = jax.ShapeDtypeStruct((*case[:3], case[4]), jnp.float32)
+    return tuple(winograd_pays(a, kernel.shape, 1, 1, grad) for a, grad in ((x, False), (g, False), (x, True)))
+
+
 @pytest.mark.parametrize(
-    "case", [(4, 12, 7, 32, 32), (1, 8, 9, 32, 64), (6, 8, 6, 64, 64), (3, 13, 8, 128, 32)], ids=str
+    ("case", "expected"),
+    [
+        ((4, 12, 7, 32, 32), (True, True, True)),
+        ((8, 16, 6, 32, 64), (True, True, True)),
+        ((8, 16, 8, 64, 64), (True, True, True)),
+        ((1, 8, 9, 32, 64), (True, False, False)),
+        ((3, 13, 8, 128, 32), (True, True, False)),
+    ],
+    ids=str,
 )
-def test_conv_equals_numpy_where_it_takes_this_form(case):
+@pytest.mark.parametrize("at_once", [6 * 2**20, 4 * 2 * 16 * 8 * 64])
+def test_conv_equals_numpy_where_it_takes_this_form(case, expected, at_once, monkeypatch):
+    monkeypatch.setattr(module, "_AT_ONCE", at_once)
     x, kernel = inputs(case)
-    assert winograd_pays(x, kernel.shape, 1, 1)
+    assert ways(case, x, kernel) == expected
+    jax.clear_caches()
     got = value_and_gradients(functools.partial(conv, strides=1, padding=1), x, kernel)
     assert_close(got, numpy_conv(x, kernel, 1, 1), 1e-5)
+
+
+def test_conv_in_this_form_under_vmap_of_both_arguments():
+    parts = [inputs((4, 12, 7, 32, 32)), inputs((4, 12, 7, 32, 32), mean=1.0)]
+    x, kernel = (np.stack(arrays) for arrays in zip(*parts, strict=True))
+
+    def step(x, kernel):
+        return value_and_gradients(functools.partial(conv, strides=1, padding=1), x, kernel)
+
+    alone = [numpy_conv(*part, 1, 1) for part in parts]
+    assert_close(jax.vmap(step)(x, kernel), [np.stack(outputs) for outputs in zip(*alone, strict=True)], 1e-5)
+
+
+def test_the_kernels_gradient_in_this_form_under_pmap():
+    _, kernel = inputs((4, 12, 7, 32, 32))
+    x = normal(4, (jax.local_device_count(), 4, 12, 7, 32))
+
+    def gradient(x, kernel):
+        return jax.lax.psum(value_and_gradients(lambda x, kernel: conv(x, kernel, 1, 1), x, kernel)[2], "batch")
+
+    got = jax.pmap(gradient, axis_name="batch", in_axes=(0, None), out_axes=None)(x, kernel)
+    assert_close([got], [sum(numpy_conv(part, kernel, 1, 1)[2] for part in x)], 1e-5)
+
+
+def test_debugging_does_not_blame_what_is_never_computed():
+    x, kernel = inputs((4, 12, 7, 32, 32))
+    step = jax.vmap(jax.grad(lambda kernel, x: conv(x, kernel, 1, 1).sum()))
+    with jax.debug_nans(True), jax.disable_jit():
+        assert jnp.isfinite(step(jnp.asarray(kernel)[None], jnp.asarray(x)[None])).all()
 
 
 @pytest.mark.parametrize("mean", [0.0, 3.0])
 def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean):
     x, kernel = inputs((2, 24, 28, 128, 64), mean)
-    exact = numpy_conv(x, kernel, 1, 1)[0]
-    plain = jax.lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    error, plain_error = (
-        np.sqrt(np.mean((np.asarray(y, np.float64) - exact) ** 2)) for y in (winograd(x, kernel), plain)
-    )
-    assert plain_error < error < 6 * plain_error
+    exact = numpy_conv(x, kernel, 1, 1)
+    g = gradient_of(exact[0])
+
+    def plain_conv(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=numbers)
+
+    plain = value_and_gradients(plain_conv, x, kernel)
+    got = winograd(x, kernel), winograd_input_grad(g, kernel), winograd_kernel_grad(x, g)
+    for y, plain_y, exact_y in zip(got, plain, exact, strict=True):
+        error, plain_error = (np.sqrt(np.mean((np.asarray(a, np.float64) - exact_y) ** 2)) for a in (y, plain_y))
+        assert error < 6 * plain_error
 
 
 def test_a_filter_that_moves_each_channel_gives_back_the_map():
-    """Integers are exact: every product and sum of them is, but for the sixths of the kernel's rows."""
+    """But for rounding: the first row of the kernel is multiplied by sixths and 24ths."""
     x = np.random.default_rng(3).integers(-9, 9, (2, 10, 8, 32)).astype(np.float32)
     kernel = np.zeros((3, 3, 32, 32), np.float32)
     kernel[0, 2] = np.eye(32)  # one up, one to the right
@@ -95,6 +147,9 @@ SMALL = (3, 3, 64, 64)
         ((4, 12, 14, 256), (3, 3, 256, 256), 1, 1, (True, True)),
         ((5, 12, 14, 256), (3, 3, 256, 256), 1, 1, (True, False)),  # 15 tiles; 40 would come in eights
         ((64, 5, 14, 64), SMALL, 1, 1, (False, False)),  # two tiles for five rows
+        ((8, 88, 112, 64), SMALL, 1, 1, (True, True)),  # four groups
+        ((16, 88, 112, 64), SMALL, 1, 1, (False, False)),  # eight
+        ((64, 8, 2, 256), (3, 3, 256, 256), 1, 1, (False, False)),  # narrower than the kernel
         ((1, 176, 224, 64), SMALL, 1, 1, (False, False)),  # an image does not fit into the cache
         ((1, 176, 224, 128), (3, 3, 128, 128), 1, 1, (True, False)),
         ((0, 48, 56, 64), SMALL, 1, 1, (False, False)),
@@ -106,8 +161,9 @@ def test_where_it_pays(shape, kernel, strides, padding, pays):
 
 
 def test_it_takes_float32_and_known_sizes_only():
-    x = jax.ShapeDtypeStruct((4, 48, 56, 64), jnp.bfloat16)
-    assert not winograd_pays(x, SMALL, 1, 1)
+    for dtype, pays in ((jnp.float32, True), (jnp.bfloat16, False), (jnp.float16, False), (jnp.float64, False)):
+        x = jax.eval_shape(lambda: 0.0).update(shape=(4, 48, 56, 64), dtype=dtype)
+        assert {winograd_pays(x, SMALL, 1, 1, kernel_grad) for kernel_grad in (False, True)} == {pays}
     unknown = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, h, 56, 64"), jnp.float32)
     assert not winograd_pays(unknown, SMALL, 1, 1)
 
