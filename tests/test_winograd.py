@@ -10,7 +10,7 @@ import pytest
 from jaxseg import winograd as module
 from jaxseg.convolution import conv
 from jaxseg.winograd import copies, winograd, winograd_input_grad, winograd_kernel_grad, winograd_pays
-from tests.test_layers import assert_close, normal, numpy_conv, value_and_gradients
+from tests.test_layers import assert_close, megabytes, normal, numpy_conv, value_and_gradients
 
 # (N, H, W, C, O): heights that four divides, and that are one, two and three short of it; numbers of images that need
 # eight, four, two times as many tiles, or any number, for eights of them; images in one group, in several, one by one.
@@ -97,11 +97,23 @@ def test_the_kernels_gradient_in_this_form_under_pmap():
     assert_close([got], [sum(numpy_conv(part, kernel, 1, 1)[2] for part in x)], 1e-5)
 
 
-def test_debugging_does_not_blame_what_is_never_computed():
-    x, kernel = inputs((4, 12, 7, 32, 32))
-    step = jax.vmap(jax.grad(lambda kernel, x: conv(x, kernel, 1, 1).sum()))
-    with jax.debug_nans(True), jax.disable_jit():
-        assert jnp.isfinite(step(jnp.asarray(kernel)[None], jnp.asarray(x)[None])).all()
+def test_of_too_many_groups_the_map_is_taken_whole(monkeypatch):
+    monkeypatch.setattr(module, "_AT_ONCE", 1)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 12, 7, 32), (3, 3, 32, 32))]
+    text = jax.jit(lambda x, kernel: winograd(x, kernel)).lower(*arguments).as_text()
+    assert text.count("stablehlo.convolution") == 6
+
+
+def test_the_kernels_sums_are_not_kept_from_the_beginning():
+    """Otherwise each further layer would need the memory of two kernels: 4.5 MiB, when its map has 1.1."""
+
+    def layers(kernels, x):
+        for kernel in kernels:
+            x = jnp.tanh(winograd(x, kernel))
+        return x
+
+    few, many = (megabytes(layers, [(3, 3, 256, 256)] * number, (8, 12, 12, 256)) for number in (4, 8))
+    assert many - few <= 1
 
 
 @pytest.mark.parametrize("mean", [0.0, 3.0])
