@@ -682,7 +682,7 @@ def is_shape(x):
     return isinstance(x, tuple) and all(isinstance(length, int) for length in x)
 
 
-# The kernels' gradients of the first one add tiles of all images, of the second one image by image.
+# The kernels' gradients take all images at once, but of the last one in two groups, one after the other.
 @pytest.mark.parametrize("shape", [(2, 64, 64, 64), (8, 32, 32, 64), (8, 64, 64, 64)])
 @pytest.mark.parametrize("normalised", [False, True])
 def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map(normalised, shape):
