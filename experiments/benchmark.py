@@ -331,7 +331,7 @@ def _describe_machine() -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxseg.convolution import compiler_options
+    from jaxseg.cpu import compiler_options
 
     product, side = jax.jit(jnp.matmul, compiler_options=compiler_options()), 2048
     a = jnp.ones((side, side))
@@ -356,7 +356,7 @@ def _break_down(load: Any, settings: Settings) -> list[dict[str, Any]]:
     import numpy as np
 
     from experiments import works
-    from jaxseg.convolution import compiler_options
+    from jaxseg.cpu import compiler_options
     from jaxseg.layers import max_pool
     from jaxseg.losses import pixel_cross_entropy
     from jaxseg.optimizer import make_optimizer

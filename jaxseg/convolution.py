@@ -7,36 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseg.winograd import (
-    GATHERED_AT_ONCE,
-    copies,
-    winograd,
-    winograd_input_grad,
-    winograd_kernel_grad,
-    winograd_pays,
-)
+from jaxseg.cpu import GATHERED_AT_ONCE, copies
+from jaxseg.winograd import winograd, winograd_input_grad, winograd_kernel_grad, winograd_pays
 
 # With more channels than these a map is so small, and a kernel so large, that on a CPU the input's gradient is faster
 # as products, and a transposed convolution as what it is.
 _MANY_CHANNELS = 256
-
-
-@functools.cache
-def compiler_options() -> dict[str, str]:
-    """For `jax.jit`: XLA's CPU backend then takes Eigen for convolutions and products, as the forms here expect.
-
-    By itself it takes YNNPACK for many, which on most of this network's is slower, for one because it shares rows of
-    the output among threads and leaves a narrow map to one of them. On other platforms the option means nothing. A JAX
-    that does not know it gets none.
-    """
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if not any(name in str(error) for name in options):
-            raise
-        return {}
-    return options
 
 
 def _plain_conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxseg.augment import random_flip, random_jitter, random_rotate
 from jaxseg.boundary import boundary_confusion, boundary_width
-from jaxseg.convolution import compiler_options
+from jaxseg.cpu import compiler_options
 from jaxseg.enlarge import enlarge
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.metrics import confusion_matrix, mean_iou
@@ -279,7 +279,7 @@ def pmap_step(
       per_image: outputs keep the leading axes (devices, images per device).
       keyed: the step is `step(state, batch, key)`, the key the same on all devices.
 
-    One process compiles it with `jaxseg.convolution.compiler_options`; of several, JAX takes none.
+    One process compiles it with `jaxseg.cpu.compiler_options`; of several, JAX takes none.
 
     Under `jax.debug_nans` the first device computes the parts of all, which gives the same: of a pmap, JAX cannot tell
     the operation that gave the first NaN.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxseg.cpu import GATHERED_AT_ONCE, copies
+
 # Four outputs of a filter of three taps are the transpose of a product of polynomials, which its values at 0, 1, -1, 2,
 # -2 and infinity determine: six multiplications, not twelve. For each of the six, how rows of the input are added, and
 # how those of the kernel; for each of the four outputs, how the six products are.
@@ -32,9 +34,6 @@ _TILE = len(_OF_OUTPUT)
 _AT_ONCE = 6 * 2**20
 # Each group of images is compiled for itself.
 _MOST_GROUPS = 4
-# XLA's CPU backend gathers what a convolution sees by eights of its input channels, or one by one if their number is no
-# multiple of eight.
-GATHERED_AT_ONCE = 8
 
 
 def winograd_pays(x: jax.Array, shape: tuple[int, ...], strides: int, padding: int, kernel_grad: bool = False) -> bool:
@@ -124,24 +123,6 @@ def winograd_kernel_grad(x: jax.Array, g: jax.Array) -> jax.Array:
         totals = [total + product for total, product in zip(totals, products(*group, zero), strict=True)]
         zero = 0 * totals[0][0, 0, 0, 0]
     return jnp.concatenate(_sums(tuple(zip(*_OF_KERNEL, strict=True)), totals), axis=1).transpose(1, 2, 0, 3)
-
-
-def copies(change: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Changes the order of each array's axes so that XLA's CPU backend does nothing else in that loop.
-
-    It is fast at copying in another order, but four times as slow at computing in it, which it would do where something
-    is computed just before; behind a condition that only the numbers decide it cannot. (Where the first number is not
-    finite all becomes NaN, as it would in the end.)
-    """
-    zero = 0 * arrays[0][(0,) * arrays[0].ndim]
-
-    def changed(zero: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-        return [change(array) for array in arrays]
-
-    def not_finite(zero: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-        return [change(array) + zero for array in arrays]
-
-    return jax.lax.cond(zero == 0, changed, not_finite, zero, *arrays)
 
 
 def _groups(x: jax.Array) -> int:

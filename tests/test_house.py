@@ -8,7 +8,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The modules of jaxseg that each one may import; a module that is not named may import none.
 ALLOWED = {
     "jaxseg.augment": {"jaxseg.data.canvases"},
-    "jaxseg.convolution": {"jaxseg.winograd"},
+    "jaxseg.convolution": {"jaxseg.cpu", "jaxseg.winograd"},
+    "jaxseg.winograd": {"jaxseg.cpu"},
     "jaxseg.layers": {"jaxseg.convolution"},
     "jaxseg.resnet": {"jaxseg.layers"},
     "jaxseg.segmenter": {"jaxseg.layers"},
@@ -28,9 +29,7 @@ ALLOWED = {
     "jaxseg.log": {"jaxseg.files"},
     "jaxseg.manner": {"jaxseg.data.canvases", "jaxseg.data.loader"},
     "jaxseg.plots.page": {"jaxseg.files"},
-    "jaxseg.train": {
-        f"jaxseg.{name}" for name in ("augment", "boundary", "convolution", "enlarge", "losses", "metrics")
-    },
+    "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "cpu", "enlarge", "losses", "metrics")},
     "jaxseg.plots.__init__": {
         f"jaxseg.plots.{name}"
         for name in ("architecture", "comparison", "confusion", "contact", "curves", "filtering", "page")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxseg import convolution
+from jaxseg import cpu
 from jaxseg.convolution import conv, conv_transpose
 from jaxseg.layers import BatchNorm, Conv, ConvTranspose, dropout, max_pool
 
@@ -236,7 +236,7 @@ def test_of_many_channels_a_transposed_convolution_is_what_it_is_where_there_is_
 
 def test_programs_with_the_compiler_options_take_no_ynnpack_for_convolutions():
     arguments = jnp.zeros((4, 24, 28, 64)), jnp.zeros((3, 3, 64, 64))
-    options = convolution.compiler_options()
+    options = cpu.compiler_options()
     if not options:
         pytest.skip(f"jax {jax.__version__} has no option that turns YNNPACK off")
     by_default, chosen = (
@@ -258,10 +258,10 @@ def test_a_jax_that_knows_no_such_option_gets_none(monkeypatch):
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         jax.jit(lambda: 0, compiler_options={"xla_no_such_option": "x"}).lower().compile()
     monkeypatch.setattr(jax, "jit", refused("xla_cpu_experimental_ynn_fusion_type"))
-    assert convolution.compiler_options.__wrapped__() == {}
+    assert cpu.compiler_options.__wrapped__() == {}
     monkeypatch.setattr(jax, "jit", refused("another"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
-        convolution.compiler_options.__wrapped__()
+        cpu.compiler_options.__wrapped__()
 
 
 def test_conv_module_equals_flax_with_the_same_parameters():

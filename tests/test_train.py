@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from jaxseg import checkpoint, metrics, train
-from jaxseg.convolution import compiler_options
+from jaxseg.cpu import compiler_options
 from jaxseg.data import loader
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.layers import BatchNorm

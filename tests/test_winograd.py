@@ -9,7 +9,8 @@ import pytest
 
 from jaxseg import winograd as module
 from jaxseg.convolution import conv
-from jaxseg.winograd import copies, winograd, winograd_input_grad, winograd_kernel_grad, winograd_pays
+from jaxseg.cpu import copies
+from jaxseg.winograd import winograd, winograd_input_grad, winograd_kernel_grad, winograd_pays
 from tests.test_layers import assert_close, megabytes, normal, numpy_conv, value_and_gradients
 
 # (N, H, W, C, O): heights that four divides, and that are one, two and three short of it; numbers of images that need

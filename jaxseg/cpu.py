@@ -1,0 +1,46 @@
+"""What makes XLA's CPU backend fast: an option of its compiler, and how to lay arrays for it."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+
+# XLA's CPU backend gathers what a convolution sees by eights of its input channels, or one by one if their number is no
+# multiple of eight.
+GATHERED_AT_ONCE = 8
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """For `jax.jit`: XLA's CPU backend then takes Eigen for products and convolutions, as `jaxseg.convolution` expects.
+
+    By itself it takes YNNPACK for many, which on most of this network's is slower, for one because it shares rows of
+    the output among threads and leaves a narrow map to one of them. On other platforms the option means nothing. A JAX
+    that does not know it gets none.
+    """
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not any(name in str(error) for name in options):
+            raise
+        return {}
+    return options
+
+
+def copies(change: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Changes the order of each array's axes so that XLA's CPU backend does nothing else in that loop.
+
+    It is fast at copying in another order, but four times as slow at computing in it, which it would do where something
+    is computed just before; behind a condition that only the numbers decide it cannot. (Where the first number is not
+    finite all becomes NaN, as it would in the end.)
+    """
+    zero = 0 * arrays[0][(0,) * arrays[0].ndim]
+
+    def changed(zero: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        return [change(array) for array in arrays]
+
+    def not_finite(zero: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        return [change(array) + zero for array in arrays]
+
+    return jax.lax.cond(zero == 0, changed, not_finite, zero, *arrays)
