@@ -2,17 +2,21 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseg.cpu import GATHERED_AT_ONCE, copies
+from jaxseg.cpu import copies
 from jaxseg.winograd import winograd, winograd_input_grad, winograd_kernel_grad, winograd_pays
 
 # With more channels than these a map is so small, and a kernel so large, that on a CPU the input's gradient is faster
 # as products, and a transposed convolution as what it is.
 _MANY_CHANNELS = 256
+# What a convolution with a dilated kernel, as that of a gradient where there are strides, sees of its input XLA's CPU
+# backend gathers by eights of channels, or one by one if their number is no multiple of eight.
+_GATHERED_AT_ONCE = 8
 
 
 def _plain_conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
@@ -47,9 +51,9 @@ def _product(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int,
 def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], strides: int, padding: int) -> jax.Array:
     """The gradient of `_plain_conv` with respect to its kernel, `sum x[s i + u, s j + v] g[i, j]`, fast on a CPU.
 
-    Where `winograd_kernel_grad` does not pay it is a convolution whose input channels are the images. If they are no
-    multiple of `GATHERED_AT_ONCE` each image is cut into so many bands that they are, as far as it has rows; a band has
-    what its outputs see of the next.
+    Where `winograd_kernel_grad` does not pay it is a convolution whose input channels are the images. With strides, if
+    they are no multiple of `_GATHERED_AT_ONCE`, each image is cut into so many bands that they are, as far as it has
+    rows; a band has what its outputs see of the next.
 
     Args:
       x: (N, H, W, C), the input.
@@ -64,12 +68,14 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
     rows, columns, channels, features = shape
     n, height, width, _ = g.shape
     if winograd_pays(x, shape, strides, padding, kernel_grad=True):
-        return winograd_kernel_grad(x, g)
+        return winograd_kernel_grad(x, g, rows, padding)
     # A program that is exported may not know its sizes; a map may have no room for the kernel.
     known = all(isinstance(length, int) for length in (*x.shape, *g.shape))
     if not known or 0 in g.shape or (rows == columns == 1 and not padding):
         return _kernel_grad_plain(x, g, shape, strides, padding)
-    bands = min(math.lcm(n, GATHERED_AT_ONCE) // n, height)
+    if strides == 1:
+        return _kernel_grad_of_copies(x, g, padding, lambda g: g.transpose(1, 2, 0, 3))
+    bands = min(math.lcm(n, _GATHERED_AT_ONCE) // n, height)
     # Where the output is larger than the input XLA's own takes a hundred times longer than this form.
     larger = 2 * padding >= min(rows, columns)
     # A zero that is not known before g is: otherwise XLA makes the copies of x in the forward pass already, and keeps
@@ -88,6 +94,18 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
     taps = jax.lax.conv_general_dilated(
         x, g, (1, 1), "VALID", rhs_dilation=(strides, strides), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+    return taps.transpose(1, 2, 0, 3)
+
+
+def _kernel_grad_of_copies(
+    x: jax.Array, g: jax.Array, padding: int, change: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """`_kernel_grad_on_cpu` without strides; `change` gives g, or what stands for it, as (H', W', N, O)."""
+    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    # With `padding` as a convolution's own XLA would take a hundred times longer where the output exceeds the input.
+    (x,) = copies(lambda x: jnp.pad(x, around).transpose(3, 1, 2, 0), [x], after=g)
+    (g,) = copies(change, [g])
+    taps = jax.lax.conv_general_dilated(x, g, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return taps.transpose(1, 2, 0, 3)
 
 
@@ -135,9 +153,9 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Arr
     """Convolves (cross-correlates) as `jax.lax.conv_general_dilated` does, faster on CPU.
 
     There 3x3 convolutions in float32 are those of `jaxseg.winograd`, where it pays, which rounds a little more. XLA's
-    CPU backend is up to twice as fast on the gradient with respect to the kernel where images and bands of them come in
-    eights; that with respect to the input is faster as a matrix product where there are many channels or a stride.
-    Reverse-mode differentiation only.
+    CPU backend is faster on the gradient with respect to the kernel if the arrays are laid for it first, and, with a
+    stride, if images and bands of them come in eights; that with respect to the input is faster as a matrix product
+    where there are many channels or a stride. Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float.
@@ -153,7 +171,10 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Arr
     if not winograd_pays(x, kernel.shape, strides, padding):
         return _plain_conv(x, kernel, strides, padding)
     return jax.lax.platform_dependent(
-        x, kernel, cpu=winograd, default=lambda x, kernel: _plain_conv(x, kernel, strides, padding)
+        x,
+        kernel,
+        cpu=lambda x, kernel: winograd(x, kernel, padding),
+        default=lambda x, kernel: _plain_conv(x, kernel, strides, padding),
     )
 
 
@@ -171,8 +192,8 @@ def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Arra
         # It waits for the kernel's: then x can be freed first, which matters in the head, whose maps are the largest.
         if kernel.shape[:2] == (1, 1):
             kernel += 0 * kernel_grad[0, 0, 0, 0]
-        if winograd_pays(g, kernel.shape, strides, padding):
-            return winograd_input_grad(g, kernel)
+        if winograd_pays(g, kernel.shape, strides, kernel.shape[0] - 1 - padding):
+            return winograd_input_grad(g, kernel, padding)
         # A wide map of few channels has no need of products: nine times the gradient is much to write.
         if strides == 1 and x.shape[3] <= _MANY_CHANNELS:
             return input_grad_plain(kernel, g)
@@ -215,12 +236,23 @@ def _kernel_from_blocks(blocks: jax.Array) -> jax.Array:
     return taps[:, ::-1, :, ::-1].reshape(4, 4, channels, features)
 
 
-def _to_blocks(y: jax.Array) -> jax.Array:
-    """(N, 2 H, 2 W, O) -> (N, H + 1, W + 1, 4 O): blocks of 2x2, the first half outside; there it is 0."""
+def _pairs(y: jax.Array) -> jax.Array:
+    """(N, 2 H, 2 W, O) -> (N, H + 1, 2, W + 1, 2 O): pairs of rows and columns; the first half is outside, and 0."""
     n, height, width, features = y.shape
     y = jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rows = y.reshape(n, height // 2 + 1, 2, width // 2 + 1, 2 * features)
-    return jnp.concatenate([rows[:, :, 0], rows[:, :, 1]], axis=-1)
+    return y.reshape(n, height // 2 + 1, 2, width // 2 + 1, 2 * features)
+
+
+def _to_blocks(y: jax.Array) -> jax.Array:
+    """(N, 2 H, 2 W, O) -> (N, H + 1, W + 1, 4 O): blocks of 2x2, the first half outside; there it is 0."""
+    pairs = _pairs(y)
+    return jnp.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=-1)
+
+
+def _to_blocks_of_images(y: jax.Array) -> jax.Array:
+    """(N, 2 H, 2 W, O) -> (H + 1, W + 1, N, 4 O): the same in another order, faster than in two steps."""
+    n, height, width, features = y.shape
+    return _pairs(y).transpose(1, 3, 0, 2, 4).reshape(height // 2 + 1, width // 2 + 1, n, 4 * features)
 
 
 def _from_blocks(blocks: jax.Array) -> jax.Array:
@@ -235,6 +267,9 @@ def _plain_conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _conv_transpose_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    channels, features = kernel.shape[2:]
+    if winograd_pays(x, (2, 2, channels, 4 * features), 1, 1):
+        return _from_blocks(winograd(x, _kernel_to_blocks(kernel), 1))
     # Of so many channels the kernel is what takes long to lay anew. On a map smaller than the kernel XLA's own takes
     # twenty times longer; nor may the size be known, in a program that is exported.
     has_room = all(
@@ -250,17 +285,21 @@ def _turn(kernel: jax.Array) -> jax.Array:
     return kernel[::-1, ::-1].transpose(0, 1, 3, 2)
 
 
+def _transposed_input_grad_on_cpu(g: jax.Array, kernel: jax.Array) -> jax.Array:
+    n, height, width, features = g.shape
+    channels = kernel.shape[2]
+    blocks = jax.ShapeDtypeStruct((n, height // 2 + 1, width // 2 + 1, 4 * features), g.dtype)
+    # With fewer channels laying g in blocks takes what is won.
+    if channels >= 128 and winograd_pays(blocks, (2, 2, 4 * features, channels), 1, 0):
+        return winograd_input_grad(_to_blocks(g), _kernel_to_blocks(kernel), 1)
+    return _plain_conv(g, _turn(kernel), 2, 1)
+
+
 def _transposed_kernel_grad_on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
     channels, features = x.shape[3], g.shape[3]
-    # Where bands are needed they are cheaper without a stride.
-    if isinstance(x.shape[0], int) and x.shape[0] % GATHERED_AT_ONCE:
-        return _kernel_from_blocks(_kernel_grad_on_cpu(x, _to_blocks(g), (2, 2, channels, 4 * features), 1, 1))
-    # Otherwise XLA would compute g anew, from blocks and in the other order.
-    (g,) = copies(lambda g: g.transpose(3, 1, 2, 0), [g])
-    taps = jax.lax.conv_general_dilated(
-        g, x, (1, 1), [(1, 1)] * 2, rhs_dilation=(2, 2), dimension_numbers=("NHWC", "IHWO", "HWNC")
-    )
-    return _turn(taps)
+    if winograd_pays(x, (2, 2, channels, 4 * features), 1, 1, kernel_grad=True):
+        return _kernel_from_blocks(winograd_kernel_grad(x, _to_blocks(g), 2, 1))
+    return _kernel_from_blocks(_kernel_grad_of_copies(x, g, 1, _to_blocks_of_images))
 
 
 @jax.custom_vjp
@@ -268,9 +307,9 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Doubles height and width with the transposed convolution of kernel 4, stride 2 and padding 1.
 
     XLA's CPU backend is slow on a convolution with a dilated input, and twenty times slower on its gradients. There a
-    convolution that gives blocks of 2x2 pixels takes its place, unless there are many channels; the input's gradient is
-    a plain convolution with stride 2, and the kernel's is that of the one or the other. Reverse-mode differentiation
-    only.
+    convolution that gives blocks of 2x2 pixels takes its place, in float32 that of `jaxseg.winograd` where it pays,
+    unless there are many channels; the kernel's gradient is of that form, too, and the input's, or a plain convolution
+    with stride 2. Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float.
@@ -296,7 +335,9 @@ def _conv_transpose_backward(inputs: tuple[jax.Array, jax.Array], g: jax.Array):
     def kernel_grad_plain(x: jax.Array, g: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda kernel: _plain_conv_transpose(x, kernel), kernel)(g)[0]
 
-    x_grad = _plain_conv(g, _turn(kernel), 2, 1)
+    x_grad = jax.lax.platform_dependent(
+        g, kernel, cpu=_transposed_input_grad_on_cpu, default=lambda g, kernel: _plain_conv(g, _turn(kernel), 2, 1)
+    )
     kernel_grad = jax.lax.platform_dependent(x, g, cpu=_transposed_kernel_grad_on_cpu, default=kernel_grad_plain)
     return x_grad, kernel_grad
 

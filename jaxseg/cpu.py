@@ -5,10 +5,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-# XLA's CPU backend gathers what a convolution sees by eights of its input channels, or one by one if their number is no
-# multiple of eight.
-GATHERED_AT_ONCE = 8
-
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
@@ -28,14 +24,17 @@ def compiler_options() -> dict[str, str]:
     return options
 
 
-def copies(change: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+def copies(
+    change: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array], after: jax.Array | None = None
+) -> list[jax.Array]:
     """Changes the order of each array's axes so that XLA's CPU backend does nothing else in that loop.
 
     It is fast at copying in another order, but four times as slow at computing in it, which it would do where something
     is computed just before; behind a condition that only the numbers decide it cannot. (Where the first number is not
-    finite all becomes NaN, as it would in the end.)
+    finite all becomes NaN, as it would in the end.) It does not begin before `after` is known, if given.
     """
-    zero = 0 * arrays[0][(0,) * arrays[0].ndim]
+    first = arrays[0] if after is None else after
+    zero = 0 * first[(0,) * first.ndim]
 
     def changed(zero: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
         return [change(array) for array in arrays]

@@ -209,15 +209,15 @@ def gradients_of(layer):
 @pytest.mark.parametrize(
     ("layer", "shape", "size", "features"),
     [
-        (functools.partial(conv, strides=1, padding=1), (4, 8, 6, 5), (3, 3), 8),
         (functools.partial(conv, strides=2, padding=3), (3, 28, 8, 5), (7, 7), 24),
-        (functools.partial(conv, strides=1, padding=1), (3, 4, 6, 5), (3, 3), 12),  # no more bands than rows
-        (functools.partial(conv, strides=1, padding=1), (16, 4, 6, 5), (3, 3), 16),
-        (conv_transpose, (4, 8, 6, 5), (4, 4), 8),
-        (conv_transpose, (16, 8, 6, 5), (4, 4), 16),
+        (functools.partial(conv, strides=2, padding=1), (4, 8, 6, 5), (3, 3), 8),
+        (functools.partial(conv, strides=2, padding=1), (3, 8, 6, 5), (3, 3), 12),  # no more bands than rows
+        (functools.partial(conv, strides=2, padding=1), (16, 4, 6, 5), (3, 3), 16),
+        (functools.partial(conv, strides=1, padding=1), (4, 8, 6, 5), (3, 3), 4),
+        (conv_transpose, (4, 8, 6, 5), (4, 4), 4),
     ],
 )
-def test_a_kernel_gradients_features_come_in_eights_on_cpu(layer, shape, size, features):
+def test_a_kernel_gradients_features_come_in_eights_on_cpu_where_it_has_strides(layer, shape, size, features):
     kernel = jnp.zeros((*size, shape[-1], 7))
     traced = jax.jit(jax.grad(lambda kernel, x: layer(x, kernel).sum())).trace(kernel, jnp.zeros(shape))
     for platform, expected in (("cpu", features), ("cuda", shape[0])):

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxseg import convolution
 from jaxseg import winograd as module
-from jaxseg.convolution import conv
+from jaxseg.convolution import conv, conv_transpose
 from jaxseg.cpu import copies
 from jaxseg.winograd import winograd, winograd_input_grad, winograd_kernel_grad, winograd_pays
 from tests.test_layers import assert_close, megabytes, normal, numpy_conv, value_and_gradients
 
-# (N, H, W, C, O): heights that four divides, and that are one, two and three short of it; numbers of images that need
-# eight, four, two times as many tiles, or any number, for eights of them; images in one group, in several, one by one.
+# (N, H, W, C, O): heights that a tile's divides, and that are one, two and three short of it; images in one group, in
+# several, one by one.
 CASES = [
     (1, 32, 5, 32, 32),
     (2, 16, 7, 32, 40),
@@ -26,9 +27,9 @@ CASES = [
 ]
 
 
-def inputs(case, mean=0.0):
+def inputs(case, mean=0.0, taps=3):
     n, height, width, channels, features = case
-    return normal(1, (n, height, width, channels)) + np.float32(mean), normal(2, (3, 3, channels, features))
+    return normal(1, (n, height, width, channels)) + np.float32(mean), normal(2, (taps, taps, channels, features))
 
 
 def gradient_of(output):
@@ -36,17 +37,22 @@ def gradient_of(output):
     return np.cos(np.arange(output.size, dtype=np.float32)).reshape(output.shape)
 
 
+@pytest.mark.parametrize(("taps", "padding"), [(3, 1), (2, 1), (2, 0), (3, 0), (3, 2)])
 @pytest.mark.parametrize("at_once", [6 * 2**20, 30_000, 1])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_convolution_and_its_gradients_equal_numpy_in_float64(case, at_once, monkeypatch):
+def test_the_convolution_and_its_gradients_equal_numpy_in_float64(case, at_once, taps, padding, monkeypatch):
+    n, height, width, channels, features = case
+    if min(height, width) < taps - padding:
+        case = (n, height + 2, width + 2, channels, features)
     monkeypatch.setattr(module, "_AT_ONCE", at_once)
-    x, kernel = inputs(case)
-    output, x_grad, kernel_grad = numpy_conv(x, kernel, 1, 1)
+    x, kernel = inputs(case, taps=taps)
+    output, x_grad, kernel_grad = numpy_conv(x, kernel, 1, padding)
     g = gradient_of(output)
     # Compiled anew: at_once is no argument.
-    got = jax.jit(lambda x, kernel, g: (winograd(x, kernel), winograd_input_grad(g, kernel)))(x, kernel, g)
-    assert_close(got, [output, x_grad], 1e-5)
-    assert_close([jax.jit(lambda x, g: winograd_kernel_grad(x, g))(x, g)], [kernel_grad], 1e-5)
+    forward = jax.jit(lambda x, kernel, g: (winograd(x, kernel, padding), winograd_input_grad(g, kernel, padding)))
+    assert_close(forward(x, kernel, g), [output, x_grad], 1e-5)
+    backward = jax.jit(lambda x, g: winograd_kernel_grad(x, g, taps, padding))
+    assert_close([backward(x, g)], [kernel_grad], 1e-5)
 
 
 def ways(case, x, kernel):
@@ -61,8 +67,8 @@ def ways(case, x, kernel):
         ((4, 12, 7, 32, 32), (True, True, True)),
         ((8, 16, 6, 32, 64), (True, True, True)),
         ((8, 16, 8, 64, 64), (True, True, True)),
-        ((1, 8, 9, 32, 64), (True, False, False)),
-        ((3, 13, 8, 128, 32), (True, True, False)),
+        ((1, 8, 9, 32, 64), (True, False, True)),
+        ((3, 13, 8, 128, 32), (True, True, True)),
     ],
     ids=str,
 )
@@ -101,7 +107,7 @@ def test_the_kernels_gradient_in_this_form_under_pmap():
 def test_of_too_many_groups_the_map_is_taken_whole(monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", 1)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 12, 7, 32), (3, 3, 32, 32))]
-    text = jax.jit(lambda x, kernel: winograd(x, kernel)).lower(*arguments).as_text()
+    text = jax.jit(lambda x, kernel: winograd(x, kernel, 1)).lower(*arguments).as_text()
     assert text.count("stablehlo.convolution") == 6
 
 
@@ -110,7 +116,7 @@ def test_the_kernels_sums_are_not_kept_from_the_beginning():
 
     def layers(kernels, x):
         for kernel in kernels:
-            x = jnp.tanh(winograd(x, kernel))
+            x = jnp.tanh(winograd(x, kernel, 1))
         return x
 
     few, many = (megabytes(layers, [(3, 3, 256, 256)] * number, (8, 12, 12, 256)) for number in (4, 8))
@@ -128,7 +134,7 @@ def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=numbers)
 
     plain = value_and_gradients(plain_conv, x, kernel)
-    got = winograd(x, kernel), winograd_input_grad(g, kernel), winograd_kernel_grad(x, g)
+    got = winograd(x, kernel, 1), winograd_input_grad(g, kernel, 1), winograd_kernel_grad(x, g, 3, 1)
     for y, plain_y, exact_y in zip(got, plain, exact, strict=True):
         error, plain_error = (np.sqrt(np.mean((np.asarray(a, np.float64) - exact_y) ** 2)) for a in (y, plain_y))
         assert error < 6 * plain_error
@@ -140,7 +146,7 @@ def test_a_filter_that_moves_each_channel_gives_back_the_map():
     kernel = np.zeros((3, 3, 32, 32), np.float32)
     kernel[0, 2] = np.eye(32)  # one up, one to the right
     expected = np.pad(x, ((0, 0), (1, 0), (0, 1), (0, 0)))[:, :-1, 1:]
-    np.testing.assert_allclose(winograd(x, kernel), expected, atol=1e-4)
+    np.testing.assert_allclose(winograd(x, kernel, 1), expected, atol=1e-4)
 
 
 SMALL = (3, 3, 64, 64)
@@ -151,14 +157,20 @@ SMALL = (3, 3, 64, 64)
     [
         ((4, 48, 56, 64), SMALL, 1, 1, (True, True)),
         ((4, 48, 56, 64), SMALL, 2, 1, (False, False)),
-        ((4, 48, 56, 64), SMALL, 1, 0, (False, False)),
+        ((4, 48, 56, 64), SMALL, 1, 0, (True, True)),
+        ((4, 48, 56, 64), SMALL, 1, 3, (False, False)),
+        ((4, 48, 56, 64), SMALL, 1, -1, (False, False)),
+        ((4, 48, 56, 64), (3, 2, 64, 64), 1, 1, (False, False)),
+        ((4, 48, 56, 64), (4, 4, 64, 64), 1, 1, (False, False)),
+        ((4, 48, 56, 64), (2, 2, 64, 128), 1, 1, (True, True)),
+        ((4, 96, 112, 32), (2, 2, 32, 64), 1, 1, (False, False)),  # few channels for two taps
         ((4, 48, 56, 64), (1, 1, 64, 64), 1, 1, (False, False)),
         ((4, 48, 56, 64), (3, 3, 64, 9), 1, 1, (False, False)),  # few features
         ((4, 48, 56, 3), (3, 3, 3, 64), 1, 1, (False, False)),  # few channels
         ((4, 6, 7, 512), (3, 3, 512, 512), 1, 1, (False, False)),  # more channels than pixels
         ((8, 11, 14, 512), (3, 3, 512, 512), 1, 1, (True, True)),
         ((4, 12, 14, 256), (3, 3, 256, 256), 1, 1, (True, True)),
-        ((5, 12, 14, 256), (3, 3, 256, 256), 1, 1, (True, False)),  # 15 tiles; 40 would come in eights
+        ((5, 12, 14, 256), (3, 3, 256, 256), 1, 1, (True, True)),
         ((64, 5, 14, 64), SMALL, 1, 1, (False, False)),  # two tiles for five rows
         ((8, 88, 112, 64), SMALL, 1, 1, (True, True)),  # four groups
         ((16, 88, 112, 64), SMALL, 1, 1, (False, False)),  # eight
@@ -196,6 +208,33 @@ def test_a_cpu_takes_six_narrow_convolutions_and_a_gpu_one(argument, cpu):
     assert counts == {"cpu": cpu, "cuda": 1}
 
 
+WAYS = ("winograd", "winograd_input_grad", "winograd_kernel_grad")
+# A decoder's layers: (N, H, W, C, O), and whether the output and the gradients of input and kernel take this form.
+TRANSPOSED = [
+    ((4, 24, 9, 128, 64), (True, True, True)),
+    ((4, 12, 16, 64, 32), (True, False, True)),
+    ((2, 12, 16, 32, 16), (False, False, False)),
+    ((4, 6, 7, 512, 256), (False, False, False)),
+]
+
+
+@pytest.mark.parametrize(("case", "expected"), TRANSPOSED, ids=str)
+def test_transposed_convolutions_in_this_form_equal_laxs(case, expected, monkeypatch):
+    channels, features = case[3:]
+    x, kernel = normal(1, case[:4]), normal(2, (4, 4, channels, features))
+    called = []
+    for name in WAYS:
+        form = getattr(convolution, name)
+        monkeypatch.setattr(convolution, name, lambda *a, name=name, form=form: called.append(name) or form(*a))
+    got = value_and_gradients(lambda *arguments: conv_transpose(*arguments), x, kernel)
+    assert called == [name for name, taken in zip(WAYS, expected, strict=True) if taken]
+
+    def plain(x, kernel):
+        return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert_close(got, value_and_gradients(plain, x, kernel), 1e-5)
+
+
 @pytest.mark.parametrize(("number", "groups"), [(1, 1), (2, 1), (3, 3), (4, 2), (6, 3), (7, 7), (8, 4)])
 def test_groups_are_equal_and_fit_at_once_unless_they_are_one_image(number, groups, monkeypatch):
     x = jax.ShapeDtypeStruct((number, 4, 4, 8), jnp.float32)
@@ -208,3 +247,4 @@ def test_copies_change_the_order_and_are_not_finite_where_the_first_number_is_no
     for got, array in zip(copies(jnp.transpose, arrays), arrays, strict=True):
         np.testing.assert_array_equal(got, array.T)
     assert all(jnp.isnan(got).all() for got in copies(jnp.transpose, [arrays[0].at[0, 0].set(jnp.inf), arrays[1]]))
+    assert all(jnp.isnan(got).all() for got in copies(jnp.transpose, arrays, after=jnp.full((3,), jnp.nan)))
