@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jaxseg.cpu import copies
 from jaxseg.winograd import winograd, winograd_input_grad, winograd_kernel_grad, winograd_pays
 
 # With more channels than these a map is so small, and a kernel so large, that on a CPU the input's gradient is faster
-# as products, and a transposed convolution as what it is.
+# as products, and a transposed convolution as what it is; unless `winograd_pays`.
 _MANY_CHANNELS = 256
 # What a convolution with a dilated kernel, as that of a gradient where there are strides, sees of its input XLA's CPU
 # backend gathers by eights of channels, or one by one if their number is no multiple of eight.
@@ -69,43 +68,52 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
     n, height, width, _ = g.shape
     if winograd_pays(x, shape, strides, padding, kernel_grad=True):
         return winograd_kernel_grad(x, g, rows, padding)
-    # A program that is exported may not know its sizes; a map may have no room for the kernel.
-    known = all(isinstance(length, int) for length in (*x.shape, *g.shape))
-    if not known or 0 in g.shape or (rows == columns == 1 and not padding):
+    if not _has_known_size(x, g) or (rows == columns == 1 and not padding):
         return _kernel_grad_plain(x, g, shape, strides, padding)
-    if strides == 1:
-        return _kernel_grad_of_copies(x, g, padding, lambda g: g.transpose(1, 2, 0, 3))
-    bands = min(math.lcm(n, _GATHERED_AT_ONCE) // n, height)
-    # Where the output is larger than the input XLA's own takes a hundred times longer than this form.
-    larger = 2 * padding >= min(rows, columns)
-    # A zero that is not known before g is: otherwise XLA makes the copies of x in the forward pass already, and keeps
-    # those of all layers until the backward pass takes them. (An optimization_barrier is gone before it orders them.)
-    zero = 0 * g[0, 0, 0, 0]
-    if bands == 1 and not larger:
-        return _kernel_grad_plain(x + zero, g, shape, strides, padding)
+    bands = 1 if strides == 1 else min(math.lcm(n, _GATHERED_AT_ONCE) // n, height)
     band = -(-height // bands)
     seen, pitch = (band - 1) * strides + rows, band * strides
     after = (bands - 1) * pitch + seen - x.shape[1] - padding, (width - 1) * strides + columns - x.shape[2] - padding
-    x = jax.lax.pad(x, zero, ((0, 0, 0), (padding, after[0], 0), (padding, after[1], 0), (0, 0, 0)))
-    x = jnp.stack([x[:, first : first + seen] for first in range(0, bands * pitch, pitch)])
-    x = x.transpose(4, 2, 3, 0, 1).reshape(channels, seen, -1, bands * n)
-    g = jnp.pad(g, ((0, 0), (0, bands * band - height), (0, 0), (0, 0))).reshape(n, bands, band, width, features)
-    g = g.transpose(2, 3, 1, 0, 4).reshape(band, width, bands * n, features)
+
+    # A zero that is not known before g is: otherwise XLA makes the copies of x in the forward pass already, or keeps it
+    # beside what it was computed from, and those of all layers until the backward pass takes them. (An
+    # optimization_barrier is gone before it orders them.)
+    zero = 0 * g[0, 0, 0, 0]
+
+    def in_bands(x: jax.Array) -> jax.Array:
+        places = ((0, 0, 0), (padding, after[0], 0), (padding, after[1], 0), (0, 0, 0))
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), places)
+        x = jnp.stack([x[:, first : first + seen] for first in range(0, bands * pitch, pitch)])
+        return x.transpose(4, 2, 3, 0, 1).reshape(channels, seen, -1, bands * n)
+
+    def g_in_bands(g: jax.Array) -> jax.Array:
+        g = jnp.pad(g, ((0, 0), (0, bands * band - height), (0, 0), (0, 0))).reshape(n, bands, band, width, features)
+        return g.transpose(2, 3, 1, 0, 4).reshape(band, width, bands * n, features)
+
+    (x,), (g,) = copies(in_bands, [x + zero]), copies(g_in_bands, [g])
+    return _taps(x, g, strides)
+
+
+def _has_known_size(*arrays: jax.Array) -> bool:
+    """Whether there are numbers, and how many is known, as it may not be in a program that is exported."""
+    return all(isinstance(side, int) and side for array in arrays for side in array.shape)
+
+
+def _taps(x: jax.Array, g: jax.Array, strides: int) -> jax.Array:
+    """A kernel's gradient.
+
+    Args:
+      x: (C, H + 2 padding, W + 2 padding, N), the input. If XLA were to pad it would take a hundred times longer where
+        the gradient is larger than the input.
+      g: (H', W', N, O), the gradient at the output.
+      strides: of both axes.
+
+    Returns:
+      (KH, KW, C, O), of x's dtype.
+    """
     taps = jax.lax.conv_general_dilated(
         x, g, (1, 1), "VALID", rhs_dilation=(strides, strides), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    return taps.transpose(1, 2, 0, 3)
-
-
-def _kernel_grad_of_copies(
-    x: jax.Array, g: jax.Array, padding: int, change: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """`_kernel_grad_on_cpu` without strides; `change` gives g, or what stands for it, as (H', W', N, O)."""
-    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    # With `padding` as a convolution's own XLA would take a hundred times longer where the output exceeds the input.
-    (x,) = copies(lambda x: jnp.pad(x, around).transpose(3, 1, 2, 0), [x], after=g)
-    (g,) = copies(change, [g])
-    taps = jax.lax.conv_general_dilated(x, g, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return taps.transpose(1, 2, 0, 3)
 
 
@@ -152,10 +160,10 @@ def _input_grad_by_products(
 def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
     """Convolves (cross-correlates) as `jax.lax.conv_general_dilated` does, faster on CPU.
 
-    There 3x3 convolutions in float32 are those of `jaxseg.winograd`, where it pays, which rounds a little more. XLA's
-    CPU backend is faster on the gradient with respect to the kernel if the arrays are laid for it first, and, with a
-    stride, if images and bands of them come in eights; that with respect to the input is faster as a matrix product
-    where there are many channels or a stride. Reverse-mode differentiation only.
+    There 3x3 and 2x2 convolutions in float32 are those of `jaxseg.winograd`, where it pays, which rounds a little more.
+    XLA's CPU backend is faster on the gradient with respect to the kernel if the arrays are laid for it first, and,
+    with a stride, if images and bands of them come in eights; that with respect to the input is faster as a matrix
+    product where there are many channels or a stride. Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float.
@@ -195,7 +203,7 @@ def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Arra
         if winograd_pays(g, kernel.shape, strides, kernel.shape[0] - 1 - padding):
             return winograd_input_grad(g, kernel, padding)
         # A wide map of few channels has no need of products: nine times the gradient is much to write.
-        if strides == 1 and x.shape[3] <= _MANY_CHANNELS:
+        if (strides == 1 and x.shape[3] <= _MANY_CHANNELS) or 0 in g.shape:
             return input_grad_plain(kernel, g)
         return _input_grad_by_products(g, kernel, (x.shape[1], x.shape[2]), strides, padding)
 
@@ -290,16 +298,25 @@ def _transposed_input_grad_on_cpu(g: jax.Array, kernel: jax.Array) -> jax.Array:
     channels = kernel.shape[2]
     blocks = jax.ShapeDtypeStruct((n, height // 2 + 1, width // 2 + 1, 4 * features), g.dtype)
     # With fewer channels laying g in blocks takes what is won.
-    if channels >= 128 and winograd_pays(blocks, (2, 2, 4 * features, channels), 1, 0):
+    if channels >= 128 and winograd_pays(blocks, (2, 2, channels, 4 * features), 1, 0):
         return winograd_input_grad(_to_blocks(g), _kernel_to_blocks(kernel), 1)
     return _plain_conv(g, _turn(kernel), 2, 1)
 
 
 def _transposed_kernel_grad_on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
     channels, features = x.shape[3], g.shape[3]
-    if winograd_pays(x, (2, 2, channels, 4 * features), 1, 1, kernel_grad=True):
+    shape = 2, 2, channels, 4 * features
+    if winograd_pays(x, shape, 1, 1, kernel_grad=True):
         return _kernel_from_blocks(winograd_kernel_grad(x, _to_blocks(g), 2, 1))
-    return _kernel_from_blocks(_kernel_grad_of_copies(x, g, 1, _to_blocks_of_images))
+    if not _has_known_size(x, g):
+        return _kernel_from_blocks(_kernel_grad_plain(x, _to_blocks(g), shape, 1, 1))
+
+    def in_border(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).transpose(3, 1, 2, 0)
+
+    # Of the zero see `_kernel_grad_on_cpu`.
+    (x,), (g,) = copies(in_border, [x + 0 * g[0, 0, 0, 0]]), copies(_to_blocks_of_images, [g])
+    return _kernel_from_blocks(_taps(x, g, 1))
 
 
 @jax.custom_vjp
@@ -307,9 +324,9 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Doubles height and width with the transposed convolution of kernel 4, stride 2 and padding 1.
 
     XLA's CPU backend is slow on a convolution with a dilated input, and twenty times slower on its gradients. There a
-    convolution that gives blocks of 2x2 pixels takes its place, in float32 that of `jaxseg.winograd` where it pays,
-    unless there are many channels; the kernel's gradient is of that form, too, and the input's, or a plain convolution
-    with stride 2. Reverse-mode differentiation only.
+    convolution that gives blocks of 2x2 pixels takes its place, in float32 that of `jaxseg.winograd` where it pays; if
+    not, one of many channels stays what it is. The kernel's gradient is that of the convolution by blocks; so is the
+    input's where it pays, and otherwise a plain convolution with stride 2. Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float.

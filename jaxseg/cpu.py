@@ -24,17 +24,21 @@ def compiler_options() -> dict[str, str]:
     return options
 
 
-def copies(
-    change: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array], after: jax.Array | None = None
-) -> list[jax.Array]:
+def copies(change: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Changes the order of each array's axes so that XLA's CPU backend does nothing else in that loop.
 
     It is fast at copying in another order, but four times as slow at computing in it, which it would do where something
     is computed just before; behind a condition that only the numbers decide it cannot. (Where the first number is not
-    finite all becomes NaN, as it would in the end.) It does not begin before `after` is known, if given.
+    finite all becomes NaN, as it would in the end.)
+
+    Args:
+      change: of one array; moves what is there, and may pad it.
+      arrays: of one dtype, none empty.
+
+    Returns:
+      change(array) of each.
     """
-    first = arrays[0] if after is None else after
-    zero = 0 * first[(0,) * first.ndim]
+    zero = 0 * arrays[0][(0,) * arrays[0].ndim]
 
     def changed(zero: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
         return [change(array) for array in arrays]

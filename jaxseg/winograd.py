@@ -76,14 +76,14 @@ def winograd_pays(
     As measured: there must be twice as many pixels as channels, or adding the kernel's rows takes longer than the
     products; a map that fits into the cache, or does in a few groups of images, or so many channels that there is more
     to multiply than to add (not so for the kernel's gradient, whose sums are copied, too); not so few channels that it
-    is the other way round; and tiles that exceed the output's height by no more than half. In bfloat16 the sums would
-    lose too much, and a program that is exported may not know its sizes.
+    is the other way round; and tiles that exceed the output's height by no more than half. The map must be no smaller
+    than the kernel. In bfloat16 the sums would lose too much, and a program that is exported may not know its sizes.
 
     Args:
-      x: (N, H, W, C), the input, or the gradient at the output.
+      x: (N, H, W, C), the input, or the gradient at the output. (Into groups a kernel's gradient divides both as this.)
       shape: (KH, KW, C, O) of the kernel.
       strides: of both axes.
-      padding: on each of the four sides.
+      padding: on each of the four sides; of the gradient at the output it is K - 1 less that of the convolution.
       kernel_grad: whether it is the gradient with respect to the kernel, and not the convolution.
     """
     known = all(isinstance(length, int) for length in (*x.shape, *shape))
@@ -106,12 +106,12 @@ def winograd_pays(
 
 
 def winograd(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """Convolves as `conv(x, kernel, 1, padding)` does; the errors of rounding are some three times as large.
+    """Convolves as `conv(x, kernel, 1, padding)` does; the errors of rounding are up to three times as large.
 
     A value that is not finite reaches all outputs of its tiles, or all there are.
 
     Args:
-      x: (N, H, W, C) float32.
+      x: (N, H, W, C) float32, H and W at least K.
       kernel: (K, K, C, O) float32, HWIO; K is 2 or 3.
       padding: zeros added on each of the four sides, fewer than K.
 

@@ -27,6 +27,9 @@ CASES = [
 ]
 
 
+WAYS = ("winograd", "winograd_input_grad", "winograd_kernel_grad")
+
+
 def inputs(case, mean=0.0, taps=3):
     n, height, width, channels, features = case
     return normal(1, (n, height, width, channels)) + np.float32(mean), normal(2, (taps, taps, channels, features))
@@ -55,31 +58,62 @@ def test_the_convolution_and_its_gradients_equal_numpy_in_float64(case, at_once,
     assert_close([backward(x, g)], [kernel_grad], 1e-5)
 
 
-def ways(case, x, kernel):
-    """Whether the output and the gradients of the input and of the kernel take this form."""
-    g = jax.ShapeDtypeStruct((*case[:3], case[4]), jnp.float32)
-    return tuple(winograd_pays(a, kernel.shape, 1, 1, grad) for a, grad in ((x, False), (g, False), (x, True)))
+@pytest.fixture
+def called(monkeypatch):
+    """Which functions of this module `conv` and `conv_transpose` call."""
+    names = []
+    for name in WAYS:
+        form = getattr(convolution, name)
+        monkeypatch.setattr(convolution, name, lambda *a, name=name, form=form: names.append(name) or form(*a))
+    return names
 
 
 @pytest.mark.parametrize(
-    ("case", "expected"),
+    ("case", "taps", "padding", "expected"),
     [
-        ((4, 12, 7, 32, 32), (True, True, True)),
-        ((8, 16, 6, 32, 64), (True, True, True)),
-        ((8, 16, 8, 64, 64), (True, True, True)),
-        ((1, 8, 9, 32, 64), (True, False, True)),
-        ((3, 13, 8, 128, 32), (True, True, True)),
+        ((4, 12, 7, 32, 32), 3, 1, (True, True, True)),
+        ((8, 16, 6, 32, 64), 3, 1, (True, True, True)),
+        ((8, 16, 8, 64, 64), 3, 1, (True, True, True)),
+        ((1, 8, 9, 32, 64), 3, 1, (True, False, True)),
+        ((3, 13, 8, 128, 32), 3, 1, (True, True, True)),
+        ((4, 14, 7, 32, 32), 3, 0, (True, True, True)),
+        ((4, 9, 7, 32, 32), 3, 0, (True, True, True)),
+        ((4, 10, 7, 32, 32), 3, 2, (True, True, True)),
+        ((4, 11, 9, 64, 64), 2, 1, (True, True, True)),
+        ((4, 13, 9, 64, 64), 2, 0, (True, True, True)),
+        ((4, 13, 9, 32, 64), 2, 0, (False, False, False)),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("at_once", [6 * 2**20, 4 * 2 * 16 * 8 * 64])
-def test_conv_equals_numpy_where_it_takes_this_form(case, expected, at_once, monkeypatch):
+def test_conv_equals_numpy_where_it_takes_this_form(case, taps, padding, expected, at_once, called, monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", at_once)
-    x, kernel = inputs(case)
-    assert ways(case, x, kernel) == expected
-    jax.clear_caches()
-    got = value_and_gradients(functools.partial(conv, strides=1, padding=1), x, kernel)
-    assert_close(got, numpy_conv(x, kernel, 1, 1), 1e-5)
+    x, kernel = inputs(case, taps=taps)
+    got = value_and_gradients(functools.partial(conv, strides=1, padding=padding), x, kernel)
+    assert set(called) == {name for name, taken in zip(WAYS, expected, strict=True) if taken}
+    assert_close(got, numpy_conv(x, kernel, 1, padding), 1e-5)
+
+
+# A decoder's layers: (N, H, W, C, O), and whether the output and the gradients of input and kernel take this form.
+TRANSPOSED = [
+    ((4, 24, 9, 128, 64), (True, True, True)),
+    ((4, 12, 16, 64, 32), (True, False, True)),
+    ((2, 12, 16, 32, 16), (False, False, False)),
+    ((4, 6, 7, 512, 256), (False, False, False)),
+]
+
+
+@pytest.mark.parametrize(("case", "expected"), TRANSPOSED, ids=str)
+def test_transposed_convolutions_in_this_form_equal_laxs(case, expected, called):
+    channels, features = case[3:]
+    x, kernel = normal(1, case[:4]), normal(2, (4, 4, channels, features))
+    got = value_and_gradients(lambda *arguments: conv_transpose(*arguments), x, kernel)
+    assert called == [name for name, taken in zip(WAYS, expected, strict=True) if taken]
+
+    def plain(x, kernel):
+        return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert_close(got, value_and_gradients(plain, x, kernel), 1e-5)
 
 
 def test_conv_in_this_form_under_vmap_of_both_arguments():
@@ -123,9 +157,10 @@ def test_the_kernels_sums_are_not_kept_from_the_beginning():
     assert many - few <= 1
 
 
+@pytest.mark.parametrize("taps", [3, 2])
 @pytest.mark.parametrize("mean", [0.0, 3.0])
-def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean):
-    x, kernel = inputs((2, 24, 28, 128, 64), mean)
+def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean, taps):
+    x, kernel = inputs((2, 24, 28, 128, 64), mean, taps)
     exact = numpy_conv(x, kernel, 1, 1)
     g = gradient_of(exact[0])
 
@@ -134,7 +169,7 @@ def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=numbers)
 
     plain = value_and_gradients(plain_conv, x, kernel)
-    got = winograd(x, kernel, 1), winograd_input_grad(g, kernel, 1), winograd_kernel_grad(x, g, 3, 1)
+    got = winograd(x, kernel, 1), winograd_input_grad(g, kernel, 1), winograd_kernel_grad(x, g, taps, 1)
     for y, plain_y, exact_y in zip(got, plain, exact, strict=True):
         error, plain_error = (np.sqrt(np.mean((np.asarray(a, np.float64) - exact_y) ** 2)) for a in (y, plain_y))
         assert error < 6 * plain_error
@@ -194,45 +229,21 @@ def test_it_takes_float32_and_known_sizes_only():
 
 
 @pytest.mark.parametrize(
-    ("argument", "cpu"),
-    [(None, 6), (0, 6), (1, 6)],  # the output, the gradients of x and the kernel
+    ("layer", "shape", "size", "cpu"),
+    [
+        (functools.partial(conv, strides=1, padding=1), (4, 12, 8, 32), (3, 3, 32, 32), 6),
+        (conv_transpose, (4, 24, 9, 128), (4, 4, 128, 64), 4),
+    ],
 )
-def test_a_cpu_takes_six_narrow_convolutions_and_a_gpu_one(argument, cpu):
-    layer = functools.partial(conv, strides=1, padding=1)
+@pytest.mark.parametrize("argument", [None, 0, 1])  # the output, the gradients of x and the kernel
+def test_a_cpu_takes_several_narrow_convolutions_and_a_gpu_one(argument, layer, shape, size, cpu):
     function = layer if argument is None else jax.grad(lambda x, kernel: layer(x, kernel).sum(), argument)
-    traced = jax.jit(function).trace(jnp.zeros((4, 12, 8, 32)), jnp.zeros((3, 3, 32, 32)))
+    traced = jax.jit(function).trace(jnp.zeros(shape), jnp.zeros(size))
     counts = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
         for platform in ("cpu", "cuda")
     }
     assert counts == {"cpu": cpu, "cuda": 1}
-
-
-WAYS = ("winograd", "winograd_input_grad", "winograd_kernel_grad")
-# A decoder's layers: (N, H, W, C, O), and whether the output and the gradients of input and kernel take this form.
-TRANSPOSED = [
-    ((4, 24, 9, 128, 64), (True, True, True)),
-    ((4, 12, 16, 64, 32), (True, False, True)),
-    ((2, 12, 16, 32, 16), (False, False, False)),
-    ((4, 6, 7, 512, 256), (False, False, False)),
-]
-
-
-@pytest.mark.parametrize(("case", "expected"), TRANSPOSED, ids=str)
-def test_transposed_convolutions_in_this_form_equal_laxs(case, expected, monkeypatch):
-    channels, features = case[3:]
-    x, kernel = normal(1, case[:4]), normal(2, (4, 4, channels, features))
-    called = []
-    for name in WAYS:
-        form = getattr(convolution, name)
-        monkeypatch.setattr(convolution, name, lambda *a, name=name, form=form: called.append(name) or form(*a))
-    got = value_and_gradients(lambda *arguments: conv_transpose(*arguments), x, kernel)
-    assert called == [name for name, taken in zip(WAYS, expected, strict=True) if taken]
-
-    def plain(x, kernel):
-        return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    assert_close(got, value_and_gradients(plain, x, kernel), 1e-5)
 
 
 @pytest.mark.parametrize(("number", "groups"), [(1, 1), (2, 1), (3, 3), (4, 2), (6, 3), (7, 7), (8, 4)])
@@ -247,4 +258,3 @@ def test_copies_change_the_order_and_are_not_finite_where_the_first_number_is_no
     for got, array in zip(copies(jnp.transpose, arrays), arrays, strict=True):
         np.testing.assert_array_equal(got, array.T)
     assert all(jnp.isnan(got).all() for got in copies(jnp.transpose, [arrays[0].at[0, 0].set(jnp.inf), arrays[1]]))
-    assert all(jnp.isnan(got).all() for got in copies(jnp.transpose, arrays, after=jnp.full((3,), jnp.nan)))
