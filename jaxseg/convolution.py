@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +51,10 @@ def _product(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int,
 def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], strides: int, padding: int) -> jax.Array:
     """The gradient of `_plain_conv` with respect to its kernel, `sum x[s i + u, s j + v] g[i, j]`, fast on a CPU.
 
-    Where `winograd_kernel_grad` does not pay it is a convolution whose input channels are the images. With strides, if
-    they are no multiple of `_GATHERED_AT_ONCE`, each image is cut into so many bands that they are, as far as it has
-    rows; a band has what its outputs see of the next.
+    Of a 1x1 kernel it is a product; otherwise, where `winograd_kernel_grad` does not pay, a convolution whose input
+    channels are the images; where a size is 0 or not known, XLA's own. With strides, if the images are no multiple of
+    `_GATHERED_AT_ONCE`, each is cut into so many bands that they are, as far as it has rows; a band has what its
+    outputs see of the next. Without strides one band is as fast.
 
     Args:
       x: (N, H, W, C), the input.
@@ -68,7 +70,7 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
     n, height, width, _ = g.shape
     if winograd_pays(x, shape, strides, padding, kernel_grad=True):
         return winograd_kernel_grad(x, g, rows, padding)
-    if not _has_known_size(x, g):
+    if not _has_numbers(x, g):
         return _kernel_grad_plain(x, g, shape, strides, padding)
     if rows == columns == 1 and not padding:
         return _kernel_grad_by_product(x[:, ::strides, ::strides], g)
@@ -77,30 +79,30 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
     seen, pitch = (band - 1) * strides + rows, band * strides
     after = (bands - 1) * pitch + seen - x.shape[1] - padding, (width - 1) * strides + columns - x.shape[2] - padding
 
-    # A zero that is not known before g is: otherwise XLA makes the copies of x in the forward pass already, or keeps it
-    # beside what it was computed from, and those of all layers until the backward pass takes them. (An
-    # optimization_barrier is gone before it orders them.)
-    zero = 0 * g[0, 0, 0, 0]
-
-    def in_bands(x: jax.Array) -> jax.Array:
+    def lay_x(x: jax.Array) -> jax.Array:
         places = ((0, 0, 0), (padding, after[0], 0), (padding, after[1], 0), (0, 0, 0))
         x = jax.lax.pad(x, jnp.zeros((), x.dtype), places)
         x = jnp.stack([x[:, first : first + seen] for first in range(0, bands * pitch, pitch)])
         return x.transpose(4, 2, 3, 0, 1).reshape(channels, seen, -1, bands * n)
 
-    def g_in_bands(g: jax.Array) -> jax.Array:
+    def lay_g(g: jax.Array) -> jax.Array:
         g = jnp.pad(g, ((0, 0), (0, bands * band - height), (0, 0), (0, 0))).reshape(n, bands, band, width, features)
         return g.transpose(2, 3, 1, 0, 4).reshape(band, width, bands * n, features)
 
-    (x,), (g,) = copies(in_bands, [x + zero]), copies(g_in_bands, [g])
-    return _taps(x, g, strides)
+    return _kernel_grad_of_copies(x, g, lay_x, lay_g, strides)
+
+
+def _has_numbers(*arrays: jax.Array) -> bool:
+    """Whether all sides are known, which in a program that is exported they may not be, and none is 0."""
+    return all(isinstance(side, int) and side for array in arrays for side in array.shape)
 
 
 def _kernel_grad_by_product(x: jax.Array, g: jax.Array) -> jax.Array:
-    """(N, H, W, C), (N, H, W, O) -> (1, 1, C, O), the gradient of a convolution that is a product.
+    """(N, H, W, C), (N, H, W, O) -> (1, 1, C, O), of x's dtype: the gradient of a convolution that is a product.
 
-    Of a map that it does not see as one axis XLA makes a transposed copy first; and Eigen is up to twice as fast if a
-    product of few numbers has fewer rows than columns. (Turned behind a condition: XLA would swap the factors again.)
+    The pixels are one axis first, or XLA would make transposed copies of the maps. And Eigen is up to twice as fast if
+    the result has no more rows than columns: of fewer features than channels it is (O, C), transposed at the end behind
+    a condition, without which XLA would make a product (C, O) of both again.
     """
     x, g = x.reshape(-1, x.shape[3]), g.reshape(-1, g.shape[3])
     if g.shape[1] >= x.shape[1]:
@@ -109,27 +111,34 @@ def _kernel_grad_by_product(x: jax.Array, g: jax.Array) -> jax.Array:
     return kernel[None, None]
 
 
-def _has_known_size(*arrays: jax.Array) -> bool:
-    """Whether there are numbers, and how many is known, as it may not be in a program that is exported."""
-    return all(isinstance(side, int) and side for array in arrays for side in array.shape)
-
-
-def _taps(x: jax.Array, g: jax.Array, strides: int) -> jax.Array:
-    """A kernel's gradient.
+def _kernel_grad_of_copies(
+    x: jax.Array,
+    g: jax.Array,
+    lay_x: Callable[[jax.Array], jax.Array],
+    lay_g: Callable[[jax.Array], jax.Array],
+    strides: int,
+) -> jax.Array:
+    """The gradient with respect to a kernel as a convolution, whose input channels are the N images, or bands of them.
 
     Args:
-      x: (C, H + 2 padding, W + 2 padding, N), the input. If XLA were to pad it would take a hundred times longer where
-        the gradient is larger than the input.
-      g: (H', W', N, O), the gradient at the output.
+      x: any, the input.
+      g: any, the gradient at the output.
+      lay_x: gives what g sees of x, (C, (H' - 1) strides + KH, (W' - 1) strides + KW, N), padded: if XLA were to pad,
+        it would take a hundred times longer where g is larger than x.
+      lay_g: gives (H', W', N, O).
       strides: of both axes.
 
     Returns:
       (KH, KW, C, O), of x's dtype.
     """
-    taps = jax.lax.conv_general_dilated(
+    # x plus a zero that depends on g cannot be had before g is: otherwise XLA makes the copy of x in the forward pass
+    # already, or keeps x itself beside what it was computed from, in every layer, until the backward pass takes it. (An
+    # optimization_barrier does not help: XLA drops it before it orders the operations.)
+    (x,), (g,) = copies(lay_x, [x + 0 * g[0, 0, 0, 0]]), copies(lay_g, [g])
+    kernel = jax.lax.conv_general_dilated(
         x, g, (1, 1), "VALID", rhs_dilation=(strides, strides), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    return taps.transpose(1, 2, 0, 3)
+    return kernel.transpose(1, 2, 0, 3)
 
 
 def _input_grad_by_products(
@@ -178,7 +187,8 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Arr
     There 3x3 and 2x2 convolutions in float32 are those of `jaxseg.winograd`, where it pays, which rounds a little more.
     XLA's CPU backend is faster on the gradient with respect to the kernel if the arrays are laid for it first, and,
     with a stride, if images and bands of them come in eights; that with respect to the input is faster as a matrix
-    product where there are many channels or a stride. Reverse-mode differentiation only.
+    product where there are many channels or a stride. A number that is not finite may make all of these gradients NaN.
+    Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float.
@@ -217,8 +227,9 @@ def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Arra
             kernel += 0 * kernel_grad[0, 0, 0, 0]
         if winograd_pays(g, kernel.shape, strides, kernel.shape[0] - 1 - padding):
             return winograd_input_grad(g, kernel, padding)
-        # A wide map of few channels has no need of products: nine times the gradient is much to write.
-        if (strides == 1 and x.shape[3] <= _MANY_CHANNELS) or 0 in g.shape:
+        # A wide map of few channels has no need of products: nine times the gradient is much to write. Of a map that is
+        # empty or of unknown size there can be none.
+        if (strides == 1 and x.shape[3] <= _MANY_CHANNELS) or not _has_numbers(g):
             return input_grad_plain(kernel, g)
         return _input_grad_by_products(g, kernel, (x.shape[1], x.shape[2]), strides, padding)
 
@@ -323,15 +334,13 @@ def _transposed_kernel_grad_on_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
     shape = 2, 2, channels, 4 * features
     if winograd_pays(x, shape, 1, 1, kernel_grad=True):
         return _kernel_from_blocks(winograd_kernel_grad(x, _to_blocks(g), 2, 1))
-    if not _has_known_size(x, g):
+    if not _has_numbers(x, g):
         return _kernel_from_blocks(_kernel_grad_plain(x, _to_blocks(g), shape, 1, 1))
 
-    def in_border(x: jax.Array) -> jax.Array:
+    def lay_x(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).transpose(3, 1, 2, 0)
 
-    # Of the zero see `_kernel_grad_on_cpu`.
-    (x,), (g,) = copies(in_border, [x + 0 * g[0, 0, 0, 0]]), copies(_to_blocks_of_images, [g])
-    return _kernel_from_blocks(_taps(x, g, 1))
+    return _kernel_from_blocks(_kernel_grad_of_copies(x, g, lay_x, _to_blocks_of_images, 1))
 
 
 @jax.custom_vjp
@@ -341,10 +350,11 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     XLA's CPU backend is slow on a convolution with a dilated input, and twenty times slower on its gradients. There a
     convolution that gives blocks of 2x2 pixels takes its place, in float32 that of `jaxseg.winograd` where it pays; if
     not, one of many channels stays what it is. The kernel's gradient is that of the convolution by blocks; so is the
-    input's where it pays, and otherwise a plain convolution with stride 2. Reverse-mode differentiation only.
+    input's where it pays, and otherwise a plain convolution with stride 2. A number that is not finite may make all of
+    the kernel's gradient NaN. Reverse-mode differentiation only.
 
     Args:
-      x: (N, H, W, C) float.
+      x: (N, H, W, C) float, H and W at least 1.
       kernel: (4, 4, C, O) float, HWIO, of x's dtype.
 
     Returns:

@@ -25,14 +25,14 @@ def compiler_options() -> dict[str, str]:
 
 
 def copies(change: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Changes the order of each array's axes so that XLA's CPU backend does nothing else in that loop.
+    """Lays each array in another order so that XLA's CPU backend does nothing else in that loop.
 
     It is fast at copying in another order, but four times as slow at computing in it, which it would do where something
     is computed just before; behind a condition that only the numbers decide it cannot. (Where the first number is not
-    finite all becomes NaN, as it would in the end.)
+    finite all becomes NaN.)
 
     Args:
-      change: of one array; moves what is there, and may pad it.
+      change: of one array; moves, repeats or pads what is there.
       arrays: of one dtype, none empty.
 
     Returns:

@@ -80,10 +80,10 @@ def winograd_pays(
     than the kernel. In bfloat16 the sums would lose too much, and a program that is exported may not know its sizes.
 
     Args:
-      x: (N, H, W, C), the input, or the gradient at the output. (Into groups a kernel's gradient divides both as this.)
+      x: (N, H, W, C), the input, or for the gradient with respect to it that at the output.
       shape: (KH, KW, C, O) of the kernel.
       strides: of both axes.
-      padding: on each of the four sides; of the gradient at the output it is K - 1 less that of the convolution.
+      padding: on each of the four sides; for the gradient at the output K - 1 minus the convolution's.
       kernel_grad: whether it is the gradient with respect to the kernel, and not the convolution.
     """
     known = all(isinstance(length, int) for length in (*x.shape, *shape))
@@ -111,7 +111,7 @@ def winograd(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     A value that is not finite reaches all outputs of its tiles, or all there are.
 
     Args:
-      x: (N, H, W, C) float32, H and W at least K.
+      x: (N, H, W, C) float32, H + 2 padding and W + 2 padding at least K.
       kernel: (K, K, C, O) float32, HWIO; K is 2 or 3.
       padding: zeros added on each of the four sides, fewer than K.
 
@@ -140,6 +140,8 @@ def winograd_input_grad(g: jax.Array, kernel: jax.Array, padding: int) -> jax.Ar
 
 def winograd_kernel_grad(x: jax.Array, g: jax.Array, taps: int, padding: int) -> jax.Array:
     """The gradient of `winograd` with respect to its kernel: convolutions whose input channels are the tiles.
+
+    A value that is not finite may reach all of it.
 
     Args:
       x: (N, H, W, C) float32, the input.

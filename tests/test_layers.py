@@ -4,7 +4,6 @@
 """
 
 import functools
-import itertools
 import pathlib
 import re
 from types import SimpleNamespace
@@ -155,23 +154,48 @@ def test_a_map_without_room_for_the_kernel_gives_nothing():
     )
 
 
-# The transposed convolution of JAX, taken elsewhere, gives an empty map a row.
+def conv_with(strides, padding):
+    return functools.partial(conv, strides=strides, padding=padding)
+
+
+# The last ones give an empty map of one that is not: it has no room for the kernel.
 @pytest.mark.parametrize(
-    ("layer", "shape"),
+    ("layer", "shape", "size"),
     [
-        (conv_transpose, (0, 3, 3, 4)),
-        *itertools.product(
-            [functools.partial(conv, strides=strides, padding=1) for strides in (1, 2)],
-            [(0, 3, 3, 4), (2, 0, 3, 4), (8, 3, 0, 4)],
-        ),
+        (conv_transpose, (0, 3, 3, 4), (4, 4)),
+        *[(conv_with(s, 1), shape, (3, 3)) for s in (1, 2) for shape in ((0, 3, 3, 4), (2, 0, 3, 4), (8, 3, 0, 4))],
+        *[(conv_with(s, 0), (0, 3, 3, channels), (1, 1)) for s in (1, 2) for channels in (1, 4)],
+        *[(conv_with(s, 0), (1, 2, 8, channels), (3, 3)) for s in (1, 2) for channels in (4, 300)],
     ],
 )
-def test_of_an_empty_map_the_gradients_are_zeros(layer, shape):
-    size = (4, 4) if layer is conv_transpose else (3, 3)
-    x, kernel = np.zeros(shape, np.float32), np.ones((*size, 4, 2), np.float32)
-    assert_zeros = functools.partial(np.testing.assert_array_equal, strict=True)
-    for got, argument in zip(value_and_gradients(layer, x, kernel)[1:], (x, kernel), strict=True):
-        assert_zeros(got, np.zeros_like(argument))
+def test_of_an_empty_map_the_gradients_are_zeros(layer, shape, size):
+    x, kernel = np.ones(shape, np.float32), np.ones((*size, shape[3], 2), np.float32)
+    y, *gradients = value_and_gradients(layer, x, kernel)
+    assert y.size == 0
+    for got, argument in zip(gradients, (x, kernel), strict=True):
+        np.testing.assert_array_equal(got, np.zeros_like(argument), strict=True)
+
+
+@pytest.mark.parametrize(("channels", "product"), [(16, "9x16"), (9, "9x9"), (3, "3x9")])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_the_product_of_a_1x1_kernels_gradient_has_no_more_rows_than_columns(channels, product, strides):
+    gradient = jax.jit(jax.grad(lambda kernel, x: conv(x, kernel, strides, 0).sum()))
+    traced = gradient.trace(jnp.zeros((1, 1, channels, 9)), jnp.zeros((2, 8, 8, channels)))
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    sizes = [re.search(r"-> tensor<(\w+)xf32>", line)[1] for line in text.splitlines() if "dot_general" in line]
+    assert product in sizes
+
+
+def test_an_input_gradient_of_unknown_size_can_be_exported():
+    n, height = jax.export.symbolic_shape("n, h")
+    x = jax.ShapeDtypeStruct((n, height, 8, 300), jnp.float32)
+    kernel = normal(2, (3, 3, 300, 2))
+    exported = jax.export.export(jax.jit(jax.grad(lambda x: (conv(x, kernel, 1, 1) ** 2).sum())))(x)
+    x = normal(1, (2, 5, 8, 300))
+    expected = numpy_conv(x, kernel, 1, 1)[0]
+    y, gradient = jax.vjp(lambda x: conv(x, kernel, 1, 1), x)
+    assert_close([y], [expected], 1e-5)
+    assert_close([exported.call(x)], [gradient(2 * y)[0]], 1e-5)
 
 
 @pytest.mark.parametrize("channels", [3, 16])
@@ -729,9 +753,9 @@ def test_the_backward_pass_of_a_further_layer_costs_the_memory_of_one_map(normal
     assert many - few <= 4 * 1.3 * 4 * np.prod(shape) / 2**20
 
 
-@pytest.mark.parametrize("number", [4, 8])
-def test_the_backward_pass_of_a_further_layer_with_a_stride_costs_the_memory_of_its_small_map(number):
-    shape = number, 64, 64, 16
+@pytest.mark.parametrize("images", [4, 8])
+def test_the_backward_pass_of_a_further_layer_with_a_stride_costs_the_memory_of_its_output(images):
+    shape = images, 64, 64, 16
 
     def loss(kernels, x):
         for kernel in kernels:
@@ -743,7 +767,7 @@ def test_the_backward_pass_of_a_further_layer_with_a_stride_costs_the_memory_of_
 
 
 @pytest.mark.parametrize("shape", [(4, 64, 64, 16), (8, 32, 32, 32)])
-def test_the_backward_pass_of_a_further_transposed_layer_costs_the_memory_of_its_small_map(shape):
+def test_the_backward_pass_of_a_further_transposed_layer_costs_the_memory_of_its_input(shape):
     def halve(x):
         n, height, width, channels = x.shape
         return x.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))

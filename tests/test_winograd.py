@@ -60,7 +60,7 @@ def test_the_convolution_and_its_gradients_equal_numpy_in_float64(case, at_once,
 
 @pytest.fixture
 def called(monkeypatch):
-    """Which functions of this module `conv` and `conv_transpose` call."""
+    """Which functions of winograd.py `conv` and `conv_transpose` call."""
     names = []
     for name in WAYS:
         form = getattr(convolution, name)
