@@ -73,7 +73,8 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
     if not _has_numbers(x, g):
         return _kernel_grad_plain(x, g, shape, strides, padding)
     if rows == columns == 1 and not padding:
-        return _kernel_grad_by_product(x[:, ::strides, ::strides], g)
+        # Of the zero see `_kernel_grad_of_copies`.
+        return _kernel_grad_by_product(x if strides == 1 else (x + 0 * g[0, 0, 0, 0])[:, ::strides, ::strides], g)
     bands = 1 if strides == 1 else min(math.lcm(n, _GATHERED_AT_ONCE) // n, height)
     band = -(-height // bands)
     seen, pitch = (band - 1) * strides + rows, band * strides
