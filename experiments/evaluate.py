@@ -192,7 +192,8 @@ def evaluate(opened: Opened, settings: Settings) -> None:
     total = np.zeros((2 * number, 2 * number) if count else (number, number), np.int64)
     rows: list[tuple[str, float, np.ndarray]] = []
     worst: list[tuple[float, int, Any]] = []
-    for index, item, classes in tqdm(opened.predictions, "evaluating", len(source), unit="img", smoothing=0.1):
+    predictions = tqdm(opened.predictions, "evaluating", len(source), unit="img", smoothing=0.1, disable=None)
+    for index, item, classes in predictions:
         confusion = metrics.confusion_on_host(item["label"], classes, number)
         total += count(item["label"], classes) if count else confusion
         iou = metrics.iou_per_class(confusion)

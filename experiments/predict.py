@@ -172,7 +172,7 @@ def predict(
     began, written = time.perf_counter(), 0
     canvases = plan(paths, manner)
     read_one = functools.partial(read_and_prepare, manner=manner, canvases=canvases, keep=settings.overlay)
-    bar = tqdm(total=len(paths), desc="classifying", unit="img", smoothing=0.1)
+    bar = tqdm(total=len(paths), desc="classifying", unit="img", smoothing=0.1, disable=None)
 
     def images() -> Iterator[tuple[_Read, "Prepared"]]:
         for read in map_ahead(read_one, paths):
