@@ -106,7 +106,7 @@ def winograd_pays(
 
 
 def winograd(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """Convolves as `conv(x, kernel, 1, padding)` does; the errors of rounding are up to three times as large.
+    """Convolves as `conv(x, kernel, 1, padding)` does; the errors of rounding are some three times as large.
 
     A value that is not finite reaches all outputs of its tiles, or all there are.
 

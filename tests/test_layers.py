@@ -187,15 +187,13 @@ def test_the_product_of_a_1x1_kernels_gradient_has_no_more_rows_than_columns(cha
 
 
 def test_an_input_gradient_of_unknown_size_can_be_exported():
-    n, height = jax.export.symbolic_shape("n, h")
-    x = jax.ShapeDtypeStruct((n, height, 8, 300), jnp.float32)
-    kernel = normal(2, (3, 3, 300, 2))
-    exported = jax.export.export(jax.jit(jax.grad(lambda x: (conv(x, kernel, 1, 1) ** 2).sum())))(x)
+    """With as many channels it would be products, whose order depends on how many pixels there are."""
+    kernel = normal(2, (3, 3, 300, 20))
+    gradient = jax.jit(jax.grad(lambda x: (conv(x, kernel, 1, 1) ** 2).sum()))
+    sizes = (*jax.export.symbolic_shape("n, h"), 8, 300)
+    exported = jax.export.export(gradient)(jax.ShapeDtypeStruct(sizes, jnp.float32))
     x = normal(1, (2, 5, 8, 300))
-    expected = numpy_conv(x, kernel, 1, 1)[0]
-    y, gradient = jax.vjp(lambda x: conv(x, kernel, 1, 1), x)
-    assert_close([y], [expected], 1e-5)
-    assert_close([exported.call(x)], [gradient(2 * y)[0]], 1e-5)
+    assert_close([exported.call(x)], [gradient(x)], 1e-5)
 
 
 @pytest.mark.parametrize("channels", [3, 16])

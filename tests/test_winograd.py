@@ -25,8 +25,6 @@ CASES = [
     (6, 9, 9, 32, 33),
     (8, 3, 10, 33, 64),
 ]
-
-
 WAYS = ("winograd", "winograd_input_grad", "winograd_kernel_grad")
 
 
@@ -157,9 +155,9 @@ def test_the_kernels_sums_are_not_kept_from_the_beginning():
     assert many - few <= 1
 
 
-@pytest.mark.parametrize("taps", [3, 2])
+@pytest.mark.parametrize(("taps", "times"), [(3, 4), (2, 2)])
 @pytest.mark.parametrize("mean", [0.0, 3.0])
-def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean, taps):
+def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean, taps, times):
     x, kernel = inputs((2, 24, 28, 128, 64), mean, taps)
     exact = numpy_conv(x, kernel, 1, 1)
     g = gradient_of(exact[0])
@@ -172,7 +170,7 @@ def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean, taps)
     got = winograd(x, kernel, 1), winograd_input_grad(g, kernel, 1), winograd_kernel_grad(x, g, taps, 1)
     for y, plain_y, exact_y in zip(got, plain, exact, strict=True):
         error, plain_error = (np.sqrt(np.mean((np.asarray(a, np.float64) - exact_y) ** 2)) for a in (y, plain_y))
-        assert error < 6 * plain_error
+        assert error < times * plain_error
 
 
 def test_a_filter_that_moves_each_channel_gives_back_the_map():
