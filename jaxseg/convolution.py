@@ -297,14 +297,21 @@ def _from_blocks(blocks: jax.Array) -> jax.Array:
     return blocks.reshape(n, 2 * height, 2 * width, channels // 4)[:, 1:-1, 1:-1]
 
 
+def _from_blocks_once(blocks: jax.Array) -> jax.Array:
+    """`_from_blocks` as a copy: otherwise all that reads it, a batch norm thrice, computes in its order, anew."""
+    return copies(_from_blocks, [blocks])[0] if _has_numbers(blocks) else _from_blocks(blocks)
+
+
 def _plain_conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _conv_transpose_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _conv_transpose_on_cpu(
+    x: jax.Array, kernel: jax.Array, from_blocks: Callable[[jax.Array], jax.Array] = _from_blocks
+) -> jax.Array:
     channels, features = kernel.shape[2:]
     if winograd_pays(x, (2, 2, channels, 4 * features), 1, 1):
-        return _from_blocks(winograd(x, _kernel_to_blocks(kernel), 1))
+        return from_blocks(winograd(x, _kernel_to_blocks(kernel), 1))
     # Of so many channels the kernel is what takes long to lay anew. On a map smaller than the kernel XLA's own takes
     # twenty times longer; nor may the size be known, in a program that is exported.
     has_room = all(
@@ -312,7 +319,7 @@ def _conv_transpose_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
     if x.shape[3] > _MANY_CHANNELS and has_room:
         return _plain_conv_transpose(x, kernel)
-    return _from_blocks(_plain_conv(x, _kernel_to_blocks(kernel), 1, 1))
+    return from_blocks(_plain_conv(x, _kernel_to_blocks(kernel), 1, 1))
 
 
 def _turn(kernel: jax.Array) -> jax.Array:
@@ -351,8 +358,8 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     XLA's CPU backend is slow on a convolution with a dilated input, and twenty times slower on its gradients. There a
     convolution that gives blocks of 2x2 pixels takes its place, in float32 that of `jaxseg.winograd` where it pays; if
     not, one of many channels stays what it is. The kernel's gradient is that of the convolution by blocks; so is the
-    input's where it pays, and otherwise a plain convolution with stride 2. A number that is not finite may make all of
-    the kernel's gradient NaN. Reverse-mode differentiation only.
+    input's where it pays, and otherwise a plain convolution with stride 2. Where it is differentiated a number that is
+    not finite may make all of the output, and of the kernel's gradient, NaN. Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float, H and W at least 1.
@@ -369,7 +376,9 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _conv_transpose_forward(x: jax.Array, kernel: jax.Array):
-    return conv_transpose(x, kernel), (x, kernel)
+    # In training the backward pass, too, reads the output.
+    on_cpu = functools.partial(_conv_transpose_on_cpu, from_blocks=_from_blocks_once)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_plain_conv_transpose), (x, kernel)
 
 
 def _conv_transpose_backward(inputs: tuple[jax.Array, jax.Array], g: jax.Array):
