@@ -196,6 +196,29 @@ def test_an_input_gradient_of_unknown_size_can_be_exported():
     assert_close([exported.call(x)], [gradient(x)], 1e-5)
 
 
+def test_conv_transpose_and_its_gradients_of_unknown_size_can_be_exported():
+    kernel = normal(2, (4, 4, 5, 3))
+
+    def step(x):
+        return value_and_gradients(conv_transpose, x, kernel)
+
+    sizes = (*jax.export.symbolic_shape("n, h"), 6, 5)
+    exported = jax.export.export(jax.jit(step))(jax.ShapeDtypeStruct(sizes, jnp.float32))
+    x = normal(1, (2, 4, 6, 5))
+    assert_close(exported.call(x), step(x), 1e-5)
+
+
+def test_conv_transpose_lays_its_blocks_behind_a_condition_where_it_is_differentiated():
+    """XLA would lay them anew for all that read them, the backward pass, too."""
+    x, kernel = normal(1, (2, 4, 6, 5)), normal(2, (4, 4, 5, 3))
+
+    def conditions(function):
+        return jax.jit(function).trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text().count("stablehlo.case")
+
+    differentiated = conditions(lambda *arguments: jax.vjp(conv_transpose, *arguments)[0])
+    assert differentiated == conditions(conv_transpose) + 1
+
+
 @pytest.mark.parametrize("channels", [3, 16])
 @pytest.mark.parametrize("strides", [1, 2])
 def test_conv_under_vmap_of_both_arguments(strides, channels):
