@@ -350,7 +350,10 @@ def _describe_machine() -> dict[str, Any]:
 
 
 def _break_down(load: Any, settings: Settings) -> list[dict[str, Any]]:
-    """Times each layer alone, as stage 2 trains it, the loss and the optimizer: the median of the rounds."""
+    """Times each layer alone, the loss and the optimizer: the median of the rounds.
+
+    The forward pass is that of inference, the backward pass that of stage 2.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -188,8 +188,8 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Arr
     There 3x3 and 2x2 convolutions in float32 are those of `jaxseg.winograd`, where it pays, which rounds a little more.
     XLA's CPU backend is faster on the gradient with respect to the kernel if the arrays are laid for it first, and,
     with a stride, if images and bands of them come in eights; that with respect to the input is faster as a matrix
-    product where there are many channels or a stride. A number that is not finite may make all of these gradients NaN.
-    Reverse-mode differentiation only.
+    product where there are many channels or a stride. A number that is not finite may make all of the output and of
+    both gradients NaN. Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float.
@@ -298,7 +298,10 @@ def _from_blocks(blocks: jax.Array) -> jax.Array:
 
 
 def _from_blocks_once(blocks: jax.Array) -> jax.Array:
-    """`_from_blocks` as a copy: otherwise all that reads it, a batch norm thrice, computes in its order, anew."""
+    """`_from_blocks`, written to memory once.
+
+    Otherwise XLA moves the pixels again in each operation that reads them, three of them a batch norm's.
+    """
     return copies(_from_blocks, [blocks])[0] if _has_numbers(blocks) else _from_blocks(blocks)
 
 
@@ -358,8 +361,8 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     XLA's CPU backend is slow on a convolution with a dilated input, and twenty times slower on its gradients. There a
     convolution that gives blocks of 2x2 pixels takes its place, in float32 that of `jaxseg.winograd` where it pays; if
     not, one of many channels stays what it is. The kernel's gradient is that of the convolution by blocks; so is the
-    input's where it pays, and otherwise a plain convolution with stride 2. Where it is differentiated a number that is
-    not finite may make all of the output, and of the kernel's gradient, NaN. Reverse-mode differentiation only.
+    input's where it pays, and otherwise a plain convolution with stride 2. A number that is not finite may make all of
+    the output and of both gradients NaN. Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float, H and W at least 1.
@@ -376,7 +379,7 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _conv_transpose_forward(x: jax.Array, kernel: jax.Array):
-    # In training the backward pass, too, reads the output.
+    # In training the backward pass of what follows, a batch norm or a ReLU, reads the output, too.
     on_cpu = functools.partial(_conv_transpose_on_cpu, from_blocks=_from_blocks_once)
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_plain_conv_transpose), (x, kernel)
 
