@@ -73,8 +73,7 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
     if not _has_numbers(x, g):
         return _kernel_grad_plain(x, g, shape, strides, padding)
     if rows == columns == 1 and not padding:
-        # Of the zero see `_kernel_grad_of_copies`.
-        return _kernel_grad_by_product(x if strides == 1 else (x + 0 * g[0, 0, 0, 0])[:, ::strides, ::strides], g)
+        return _kernel_grad_by_product(x if strides == 1 else _not_before(x, g)[:, ::strides, ::strides], g)
     bands = 1 if strides == 1 else min(math.lcm(n, _GATHERED_AT_ONCE) // n, height)
     band = -(-height // bands)
     seen, pitch = (band - 1) * strides + rows, band * strides
@@ -96,6 +95,16 @@ def _kernel_grad_on_cpu(x: jax.Array, g: jax.Array, shape: tuple[int, ...], stri
 def _has_numbers(*arrays: jax.Array) -> bool:
     """Whether all sides are known, which in a program that is exported they may not be, and none is 0."""
     return all(isinstance(side, int) and side for array in arrays for side in array.shape)
+
+
+def _not_before(x: jax.Array, g: jax.Array) -> jax.Array:
+    """x plus a zero that depends on g, and so not to be had before g is.
+
+    Otherwise XLA makes a copy of x in the forward pass already, or keeps x itself beside what it was computed from, in
+    every layer, until the backward pass takes it. (An optimization_barrier does not help: XLA drops it before it orders
+    the operations.)
+    """
+    return x + 0 * g[0, 0, 0, 0]
 
 
 def _kernel_grad_by_product(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -132,10 +141,7 @@ def _kernel_grad_of_copies(
     Returns:
       (KH, KW, C, O), of x's dtype.
     """
-    # x plus a zero that depends on g cannot be had before g is: otherwise XLA makes the copy of x in the forward pass
-    # already, or keeps x itself beside what it was computed from, in every layer, until the backward pass takes it. (An
-    # optimization_barrier does not help: XLA drops it before it orders the operations.)
-    (x,), (g,) = copies(lay_x, [x + 0 * g[0, 0, 0, 0]]), copies(lay_g, [g])
+    (x,), (g,) = copies(lay_x, [_not_before(x, g)]), copies(lay_g, [g])
     kernel = jax.lax.conv_general_dilated(
         x, g, (1, 1), "VALID", rhs_dilation=(strides, strides), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
