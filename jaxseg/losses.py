@@ -37,9 +37,7 @@ def pixel_cross_entropy(
     Source: equals torch.nn.functional.cross_entropy(..., weight, ignore_index) where a pixel is valid.
     """
     valid, logits, num_classes = label != ignore_label, logits.astype(jnp.float32), logits.shape[-1]
-    # Compared and added, not looked up: the indices would take as much memory as the logits of four classes.
-    is_label = label[..., None] == jnp.arange(num_classes)
-    cross_entropy = jax.nn.logsumexp(logits, -1) - jnp.where(is_label, logits, 0).sum(-1)
+    cross_entropy = jax.nn.logsumexp(logits, -1) - _label_logit(logits, label)
     # A label that is none makes the loss infinite, or no number; nothing else here is, for `jax.debug_nans` to find.
     cross_entropy /= jnp.where(valid & ((label < 0) | (label >= num_classes)), 0.0, 1.0)
     if class_weights is None:
@@ -52,3 +50,16 @@ def pixel_cross_entropy(
     if axis_name is not None:
         count = jax.lax.pmean(count, axis_name)
     return jnp.where(valid, cross_entropy, 0.0).sum() / jnp.where(count > 0, count, 1.0)
+
+
+@jax.custom_jvp
+def _label_logit(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """(N, H, W, C), (N, H, W) -> (N, H, W): each pixel's logit of its label; where that is none, of another class."""
+    return jnp.take_along_axis(logits, label[..., None].astype(jnp.int32), -1, mode="clip")[..., 0]
+
+
+@_label_logit.defjvp
+def _label_logit_jvp(arrays, tangents):
+    # Compared and added, not looked up: a gradient that is added up at indices, one by one, is slow, and large.
+    is_label = arrays[1][..., None] == jnp.arange(arrays[0].shape[-1])
+    return _label_logit(*arrays), jnp.where(is_label, tangents[0], 0).sum(-1)

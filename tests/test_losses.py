@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from jaxseg.losses import pixel_cross_entropy
 
@@ -35,6 +36,13 @@ def test_value_and_gradient_equal_pytorch(seed, weights):
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
     np.testing.assert_allclose(grad, theirs.grad.numpy(), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_derivatives_equal_differences_in_both_modes(weights):
+    logits, label = random_case(6, shape=(1, 2, 3))
+    loss_fn = functools.partial(pixel_cross_entropy, label=label, class_weights=weights)
+    check_grads(loss_fn, (logits / 5,), order=2, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2)
 
 
 def test_uniform_logits_give_the_logarithm_of_the_number_of_classes():
