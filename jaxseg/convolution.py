@@ -191,11 +191,11 @@ def _input_grad_by_products(
 def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
     """Convolves (cross-correlates) as `jax.lax.conv_general_dilated` does, faster on CPU.
 
-    There 3x3 and 2x2 convolutions in float32 are those of `jaxseg.winograd`, where it pays, which rounds a little more.
-    XLA's CPU backend is faster on the gradient with respect to the kernel if the arrays are laid for it first, and,
-    with a stride, if images and bands of them come in eights; that with respect to the input is faster as a matrix
-    product where there are many channels or a stride. A number that is not finite may make all of the output and of
-    both gradients NaN. Reverse-mode differentiation only.
+    There 3x3 and 2x2 convolutions in float32, and a ResNet's stem, are those of `jaxseg.winograd`, where it pays, which
+    rounds a little more. XLA's CPU backend is faster on the gradient with respect to the kernel if the arrays are laid
+    for it first, and, with a stride, if images and bands of them come in eights; that with respect to the input is
+    faster as a matrix product where there are many channels or a stride. A number that is not finite may make all of
+    the output and of both gradients NaN. Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float.
@@ -213,7 +213,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Arr
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=lambda x, kernel: winograd(x, kernel, padding),
+        cpu=lambda x, kernel: winograd(x, kernel, strides, padding),
         default=lambda x, kernel: _plain_conv(x, kernel, strides, padding),
     )
 
@@ -232,7 +232,7 @@ def _conv_backward(strides: int, padding: int, inputs: tuple[jax.Array, jax.Arra
         # It waits for the kernel's: then x can be freed first, which matters in the head, whose maps are the largest.
         if kernel.shape[:2] == (1, 1):
             kernel += 0 * kernel_grad[0, 0, 0, 0]
-        if winograd_pays(g, kernel.shape, strides, kernel.shape[0] - 1 - padding):
+        if strides == 1 and winograd_pays(g, kernel.shape, strides, kernel.shape[0] - 1 - padding):
             return winograd_input_grad(g, kernel, padding)
         # A wide map of few channels has no need of products: nine times the gradient is much to write. Of a map that is
         # empty or of unknown size there can be none.
@@ -320,7 +320,7 @@ def _conv_transpose_on_cpu(
 ) -> jax.Array:
     channels, features = kernel.shape[2:]
     if winograd_pays(x, (2, 2, channels, 4 * features), 1, 1):
-        return from_blocks(winograd(x, _kernel_to_blocks(kernel), 1))
+        return from_blocks(winograd(x, _kernel_to_blocks(kernel), 1, 1))
     # Of so many channels the kernel is what takes long to lay anew. On a map smaller than the kernel XLA's own takes
     # twenty times longer; nor may the size be known, in a program that is exported.
     has_room = all(

@@ -1,4 +1,4 @@
-"""Winograd's F(4, 3) and F(3, 2) along the rows: 3x3 and 2x2 convolutions with fewer multiplications, for CPUs."""
+"""Winograd's F(4, 3), F(3, 2) and F(3, 4) along the rows: convolutions with fewer multiplications, for CPUs."""
 
 import functools
 import math
@@ -12,7 +12,8 @@ from jaxseg.cpu import copies
 
 # A few outputs of a filter of a few taps are the transpose of a product of polynomials, which its values at as many
 # points as it has coefficients determine: a multiplication for each. F(4, 3) has four outputs, three taps and takes
-# six multiplications instead of twelve; F(3, 2) four instead of six.
+# six multiplications instead of twelve; F(3, 2) four instead of six. A 7x7 kernel with stride 2 sees four pairs of
+# rows, one row of them in vain: F(3, 4) takes 2 x 6 multiplications instead of 3 x 7.
 
 
 class _Form(NamedTuple):
@@ -29,7 +30,15 @@ class _Form(NamedTuple):
     of_output: tuple[tuple[float, ...], ...]
 
 
-# By the number of taps: F(3, 2) at 0, 1, -1 and infinity, F(4, 3) at 0, 1, -1, 2, -2 and infinity.
+_OF_INPUT_AT_SIX = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+# By the number of taps: F(3, 2) at 0, 1, -1 and infinity, F(4, 3) and F(3, 4) at 0, 1, -1, 2, -2 and infinity.
 _FORMS = {
     2: _Form(
         ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1)),
@@ -37,14 +46,7 @@ _FORMS = {
         ((1, 1, 1, 0), (0, 1, -1, 0), (0, 1, 1, 1)),
     ),
     3: _Form(
-        (
-            (4, 0, -5, 0, 1, 0),
-            (0, -4, -4, 1, 1, 0),
-            (0, 4, -4, -1, 1, 0),
-            (0, -2, -1, 2, 1, 0),
-            (0, 2, -1, -2, 1, 0),
-            (0, 4, 0, -5, 0, 1),
-        ),
+        _OF_INPUT_AT_SIX,
         (
             (1 / 4, 0, 0),
             (-1 / 6, -1 / 6, -1 / 6),
@@ -55,8 +57,20 @@ _FORMS = {
         ),
         ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
     ),
+    4: _Form(
+        _OF_INPUT_AT_SIX,
+        (
+            (1 / 4, 0, 0, 0),
+            (-1 / 6, -1 / 6, -1 / 6, -1 / 6),
+            (-1 / 6, 1 / 6, -1 / 6, 1 / 6),
+            (1 / 24, 1 / 12, 1 / 6, 1 / 3),
+            (1 / 24, -1 / 12, 1 / 6, -1 / 3),
+            (0, 0, 0, 1),
+        ),
+        ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 1)),
+    ),
 }
-# With fewer channels there is more to add than to multiply.
+# By the number of taps, without strides: with fewer channels there is more to add than to multiply.
 _FEWEST_CHANNELS = {2: 64, 3: 32}
 # Adding is fast only within the processor's cache: so many bytes of the map are worked on at a time.
 _AT_ONCE = 6 * 2**20
@@ -71,13 +85,14 @@ def winograd_pays(
     padding: int,
     kernel_grad: bool = False,
 ) -> bool:
-    """Whether a CPU is faster on a convolution in the form of this module, which has no strides.
+    """Whether a CPU is faster on a convolution in the form of this module.
 
     As measured: there must be twice as many pixels as channels, or adding the kernel's rows takes longer than the
     products; a map that fits into the cache, or does in a few groups of images, or so many channels that there is more
     to multiply than to add (not so for the kernel's gradient, whose sums are copied, too); not so few channels that it
     is the other way round; and tiles that exceed the output's height by no more than half. The map must be no smaller
-    than the kernel. In bfloat16 the sums would lose too much, and a program that is exported may not know its sizes.
+    than the kernel. With strides it pays for a ResNet's stem, 7x7, but not for its kernel's gradient. In bfloat16 the
+    sums would lose too much, and a program that is exported may not know its sizes.
 
     Args:
       x: (N, H, W, C), the input, or for the gradient with respect to it that at the output.
@@ -87,11 +102,14 @@ def winograd_pays(
       kernel_grad: whether it is the gradient with respect to the kernel, and not the convolution.
     """
     known = all(isinstance(length, int) for length in (*x.shape, *shape))
-    if not known or 0 in x.shape or strides != 1 or x.dtype != jnp.float32:
+    if not known or 0 in x.shape or x.dtype != jnp.float32:
         return False
     n, height, width, channels = x.shape
+    if strides != 1:
+        is_stem = (*shape[:2], strides, padding) == (7, 7, 2, 3) and height % 2 == 0
+        return is_stem and min(height, width) >= 7 and not kernel_grad
     taps, columns = shape[:2]
-    if taps != columns or taps not in _FORMS or not 0 <= padding < taps:
+    if taps != columns or taps not in _FEWEST_CHANNELS or not 0 <= padding < taps:
         return False
     outputs = height + 2 * padding - taps + 1
     tile = len(_FORMS[taps].of_output)
@@ -105,22 +123,39 @@ def winograd_pays(
     )
 
 
-def winograd(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """Convolves as `conv(x, kernel, 1, padding)` does; the errors of rounding are some three times as large.
+def winograd(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
+    """Convolves as `conv(x, kernel, strides, padding)` does; the errors of rounding are some three times as large.
 
     A value that is not finite reaches all outputs of its tiles, or all there are.
 
     Args:
-      x: (N, H, W, C) float32, H + 2 padding and W + 2 padding at least K.
-      kernel: (K, K, C, O) float32, HWIO; K is 2 or 3.
+      x: (N, H, W, C) float32, H + 2 padding and W + 2 padding at least K; with a stride of 2 H is even.
+      kernel: (K, K, C, O) float32, HWIO; K is 2 or 3, or 7 with a stride of 2.
+      strides: of both axes, 1 or 2.
       padding: zeros added on each of the four sides, fewer than K.
 
     Returns:
-      (N, H + 2 padding - K + 1, W + 2 padding - K + 1, O) float32.
+      (N, (H + 2 padding - K) // strides + 1, (W + 2 padding - K) // strides + 1, O) float32.
 
     Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", along one axis.
     """
-    return _by_groups(functools.partial(_convolve, kernels=_of_kernel(kernel, x), padding=padding), x)
+    outputs, before = (x.shape[1] + 2 * padding - len(kernel)) // strides + 1, padding
+    if strides == 2:
+        # Where an output sees an odd row first, its first pair has a row more, which weighs nothing; so has its last.
+        odd = padding % 2
+        kernel = jnp.pad(kernel, ((odd, (odd + len(kernel)) % 2), (0, 0), (0, 0), (0, 0)))
+        x, kernel = _pairs_of_rows(x), jnp.moveaxis(_pairs_of_rows(jnp.moveaxis(kernel, 3, 0)), 0, 3)
+        before = (padding + odd) // 2
+    convolve = functools.partial(
+        _convolve,
+        kernels=_of_kernel(kernel, x),
+        taps=len(kernel),
+        outputs=outputs,
+        padding=(before, padding),
+        strides=strides,
+    )
+    # An image of three channels is small; groups for its outputs' sake are slower.
+    return _by_groups(convolve, x) if strides == 1 else convolve(x)
 
 
 def winograd_input_grad(g: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
@@ -135,7 +170,11 @@ def winograd_input_grad(g: jax.Array, kernel: jax.Array, padding: int) -> jax.Ar
       (N, H, W, C) float32.
     """
     kernels = copies(lambda kernel: kernel[:, ::-1].transpose(0, 1, 3, 2), _of_kernel(kernel[::-1], g))
-    return _by_groups(functools.partial(_convolve, kernels=kernels, padding=len(kernel) - 1 - padding), g)
+    taps, padding = len(kernel), len(kernel) - 1 - padding
+    outputs = g.shape[1] + 2 * padding - taps + 1
+    return _by_groups(
+        functools.partial(_convolve, kernels=kernels, taps=taps, outputs=outputs, padding=(padding, padding)), g
+    )
 
 
 def winograd_kernel_grad(x: jax.Array, g: jax.Array, taps: int, padding: int) -> jax.Array:
@@ -238,22 +277,34 @@ def _of_kernel(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
     return _sums(_FORMS[len(kernel)].of_kernel, [row + zero for row in jnp.split(kernel, len(kernel))])
 
 
-def _conv_of_rows(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
+def _conv_of_rows(x: jax.Array, kernel: jax.Array, padding: int, strides: int = 1) -> jax.Array:
     """A convolution with a kernel of one row."""
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), [(0, 0), (padding, padding)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (1, strides), [(0, 0), (padding, padding)], dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-def _convolve(x: jax.Array, kernels: Sequence[jax.Array], padding: int) -> jax.Array:
-    taps = kernels[0].shape[1]
-    form, outputs = _FORMS[taps], x.shape[1] + 2 * padding - taps + 1
+def _convolve(
+    x: jax.Array, kernels: Sequence[jax.Array], taps: int, outputs: int, padding: tuple[int, int], strides: int = 1
+) -> jax.Array:
+    """So many rows of outputs.
+
+    Before the first row of x there are as many rows of zeros as `padding` says, and zeros at both ends of each row;
+    `strides` are along the rows.
+    """
+    form = _FORMS[taps]
     tile = len(form.of_output)
     tiles = _tiles(outputs, tile)
-    inputs = _sums(form.of_input, _rows(x, tiles, tile, tile + taps - 1, (padding, 0), 0.0))
-    products = [_conv_of_rows(x, kernel, padding) for x, kernel in zip(inputs, kernels, strict=True)]
+    inputs = _sums(form.of_input, _rows(x, tiles, tile, tile + taps - 1, (padding[0], 0), 0.0))
+    products = [_conv_of_rows(x, kernel, padding[1], strides) for x, kernel in zip(inputs, kernels, strict=True)]
     n, _, width, features = products[0].shape
     return jnp.stack(_sums(form.of_output, products), axis=2).reshape(n, tiles * tile, width, features)[:, :outputs]
+
+
+def _pairs_of_rows(x: jax.Array) -> jax.Array:
+    """(N, 2 H, W, C) -> (N, H, W, 2 C)."""
+    n, height, width, channels = x.shape
+    return x.reshape(n, height // 2, 2, width, channels).transpose(0, 1, 3, 2, 4).reshape(n, -1, width, 2 * channels)
 
 
 def _tiles_together(x: jax.Array) -> jax.Array:

@@ -50,10 +50,20 @@ def test_the_convolution_and_its_gradients_equal_numpy_in_float64(case, at_once,
     output, x_grad, kernel_grad = numpy_conv(x, kernel, 1, padding)
     g = gradient_of(output)
     # Compiled anew: at_once is no argument.
-    forward = jax.jit(lambda x, kernel, g: (winograd(x, kernel, padding), winograd_input_grad(g, kernel, padding)))
+    forward = jax.jit(lambda x, kernel, g: (winograd(x, kernel, 1, padding), winograd_input_grad(g, kernel, padding)))
     assert_close(forward(x, kernel, g), [output, x_grad], 1e-5)
     backward = jax.jit(lambda x, g: winograd_kernel_grad(x, g, taps, padding))
     assert_close([backward(x, g)], [kernel_grad], 1e-5)
+
+
+@pytest.mark.parametrize("padding", [3, 2, 0])
+@pytest.mark.parametrize(
+    "case", [(2, 12, 9, 3, 8), (1, 14, 8, 3, 5), (3, 16, 7, 4, 8), (2, 8, 11, 1, 1), (2, 40, 10, 3, 64)], ids=str
+)
+def test_a_stem_equals_numpy_in_float64(case, padding):
+    x, kernel = inputs(case, taps=7)
+    got = jax.jit(lambda x, kernel: winograd(x, kernel, 2, padding))(x, kernel)
+    assert_close([got], numpy_conv(x, kernel, 2, padding)[:1], 1e-5)
 
 
 @pytest.fixture
@@ -90,6 +100,14 @@ def test_conv_equals_numpy_where_it_takes_this_form(case, taps, padding, expecte
     got = value_and_gradients(functools.partial(conv, strides=1, padding=padding), x, kernel)
     assert set(called) == {name for name, taken in zip(WAYS, expected, strict=True) if taken}
     assert_close(got, numpy_conv(x, kernel, 1, padding), 1e-5)
+
+
+@pytest.mark.parametrize(("case", "taken"), [((2, 20, 17, 3, 8), True), ((2, 19, 16, 3, 8), False)], ids=str)
+def test_conv_with_strides_equals_numpy_where_it_takes_this_form(case, taken, called):
+    x, kernel = inputs(case, taps=7)
+    got = value_and_gradients(functools.partial(conv, strides=2, padding=3), x, kernel)
+    assert called == ["winograd"] * taken
+    assert_close(got, numpy_conv(x, kernel, 2, 3), 1e-5)
 
 
 # A decoder's layers: (N, H, W, C, O), and whether the output and the gradients of input and kernel take this form.
@@ -139,7 +157,7 @@ def test_the_kernels_gradient_in_this_form_under_pmap():
 def test_of_too_many_groups_the_map_is_taken_whole(monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", 1)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 12, 7, 32), (3, 3, 32, 32))]
-    text = jax.jit(lambda x, kernel: winograd(x, kernel, 1)).lower(*arguments).as_text()
+    text = jax.jit(lambda x, kernel: winograd(x, kernel, 1, 1)).lower(*arguments).as_text()
     assert text.count("stablehlo.convolution") == 6
 
 
@@ -148,7 +166,7 @@ def test_the_kernels_sums_are_not_kept_from_the_beginning():
 
     def layers(kernels, x):
         for kernel in kernels:
-            x = jnp.tanh(winograd(x, kernel, 1))
+            x = jnp.tanh(winograd(x, kernel, 1, 1))
         return x
 
     few, many = (megabytes(layers, [(3, 3, 256, 256)] * number, (8, 12, 12, 256)) for number in (4, 8))
@@ -167,10 +185,21 @@ def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean, taps,
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=numbers)
 
     plain = value_and_gradients(plain_conv, x, kernel)
-    got = winograd(x, kernel, 1), winograd_input_grad(g, kernel, 1), winograd_kernel_grad(x, g, taps, 1)
+    got = winograd(x, kernel, 1, 1), winograd_input_grad(g, kernel, 1), winograd_kernel_grad(x, g, taps, 1)
     for y, plain_y, exact_y in zip(got, plain, exact, strict=True):
         error, plain_error = (np.sqrt(np.mean((np.asarray(a, np.float64) - exact_y) ** 2)) for a in (y, plain_y))
         assert error < times * plain_error
+
+
+def test_rounding_of_a_stem_errs_a_few_times_as_much_as_in_a_plain_convolution():
+    x, kernel = inputs((2, 96, 64, 3, 64), taps=7)
+    exact = numpy_conv(x, kernel, 2, 3)[0]
+    numbers = ("NHWC", "HWIO", "NHWC")
+    plain = jax.lax.conv_general_dilated(x, kernel, (2, 2), [(3, 3)] * 2, dimension_numbers=numbers)
+    error, plain_error = (
+        np.sqrt(np.mean((np.asarray(y, np.float64) - exact) ** 2)) for y in (winograd(x, kernel, 2, 3), plain)
+    )
+    assert error < 3 * plain_error
 
 
 def test_a_filter_that_moves_each_channel_gives_back_the_map():
@@ -179,10 +208,10 @@ def test_a_filter_that_moves_each_channel_gives_back_the_map():
     kernel = np.zeros((3, 3, 32, 32), np.float32)
     kernel[0, 2] = np.eye(32)  # one up, one to the right
     expected = np.pad(x, ((0, 0), (1, 0), (0, 1), (0, 0)))[:, :-1, 1:]
-    np.testing.assert_allclose(winograd(x, kernel, 1), expected, atol=1e-4)
+    np.testing.assert_allclose(winograd(x, kernel, 1, 1), expected, atol=1e-4)
 
 
-SMALL = (3, 3, 64, 64)
+SMALL, STEM = (3, 3, 64, 64), (7, 7, 3, 64)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +240,16 @@ SMALL = (3, 3, 64, 64)
         ((1, 176, 224, 64), SMALL, 1, 1, (False, False)),  # an image does not fit into the cache
         ((1, 176, 224, 128), (3, 3, 128, 128), 1, 1, (True, False)),
         ((0, 48, 56, 64), SMALL, 1, 1, (False, False)),
+        ((8, 352, 448, 3), STEM, 2, 3, (True, False)),
+        ((1, 8, 7, 3), STEM, 2, 3, (True, False)),
+        ((1, 7, 8, 3), STEM, 2, 3, (False, False)),  # an odd height
+        ((1, 8, 6, 3), STEM, 2, 3, (False, False)),  # narrower than the kernel
+        ((1, 6, 8, 3), STEM, 2, 3, (False, False)),  # lower than it
+        ((1, 8, 8, 3), STEM, 2, 2, (False, False)),
+        ((1, 8, 8, 3), STEM, 1, 3, (False, False)),
+        ((1, 9, 9, 3), STEM, 3, 3, (False, False)),
+        ((1, 8, 8, 3), (7, 5, 3, 64), 2, 3, (False, False)),
+        ((0, 8, 8, 3), STEM, 2, 3, (False, False)),
     ],
 )
 def test_where_it_pays(shape, kernel, strides, padding, pays):
@@ -229,19 +268,20 @@ def test_it_takes_float32_and_known_sizes_only():
 @pytest.mark.parametrize(
     ("layer", "shape", "size", "cpu"),
     [
-        (functools.partial(conv, strides=1, padding=1), (4, 12, 8, 32), (3, 3, 32, 32), 6),
-        (conv_transpose, (4, 24, 9, 128), (4, 4, 128, 64), 4),
+        (functools.partial(conv, strides=1, padding=1), (4, 12, 8, 32), (3, 3, 32, 32), (6, 6, 6)),
+        (conv_transpose, (4, 24, 9, 128), (4, 4, 128, 64), (4, 4, 4)),
+        (functools.partial(conv, strides=2, padding=3), (2, 32, 9, 3), STEM, (6, 0, 1)),
     ],
 )
-@pytest.mark.parametrize("argument", [None, 0, 1])  # the output, the gradients of x and the kernel
-def test_a_cpu_takes_several_narrow_convolutions_and_a_gpu_one(argument, layer, shape, size, cpu):
-    function = layer if argument is None else jax.grad(lambda x, kernel: layer(x, kernel).sum(), argument)
+@pytest.mark.parametrize("result", range(3))  # the output, the gradients of x and the kernel
+def test_a_cpu_takes_several_narrow_convolutions_and_a_gpu_one(result, layer, shape, size, cpu):
+    function = jax.grad(lambda x, kernel: layer(x, kernel).sum(), result - 1) if result else layer
     traced = jax.jit(function).trace(jnp.zeros(shape), jnp.zeros(size))
     counts = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
         for platform in ("cpu", "cuda")
     }
-    assert counts == {"cpu": cpu, "cuda": 1}
+    assert counts == {"cpu": cpu[result], "cuda": 1}
 
 
 @pytest.mark.parametrize(("number", "groups"), [(1, 1), (2, 1), (3, 3), (4, 2), (6, 3), (7, 7), (8, 4)])
