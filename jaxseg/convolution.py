@@ -191,11 +191,11 @@ def _input_grad_by_products(
 def conv(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax.Array:
     """Convolves (cross-correlates) as `jax.lax.conv_general_dilated` does, faster on CPU.
 
-    There 3x3 and 2x2 convolutions in float32, and a ResNet's stem, are those of `jaxseg.winograd`, where it pays, which
-    rounds a little more. XLA's CPU backend is faster on the gradient with respect to the kernel if the arrays are laid
-    for it first, and, with a stride, if images and bands of them come in eights; that with respect to the input is
-    faster as a matrix product where there are many channels or a stride. A number that is not finite may make all of
-    the output and of both gradients NaN. Reverse-mode differentiation only.
+    There, in float32, 3x3 and 2x2 convolutions, and a ResNet's stem forward, are those of `jaxseg.winograd`, where it
+    pays, which rounds a little more. XLA's CPU backend is faster on the gradient with respect to the kernel if the
+    arrays are laid for it first, and, with a stride, if images and bands of them come in eights; that with respect to
+    the input is faster as a matrix product where there are many channels or a stride. A number that is not finite may
+    make all of the output and of both gradients NaN. Reverse-mode differentiation only.
 
     Args:
       x: (N, H, W, C) float.

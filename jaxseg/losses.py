@@ -60,6 +60,7 @@ def _label_logit(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 @_label_logit.defjvp
 def _label_logit_jvp(arrays, tangents):
-    # Compared and added, not looked up: a gradient that is added up at indices, one by one, is slow, and large.
-    is_label = arrays[1][..., None] == jnp.arange(arrays[0].shape[-1])
-    return _label_logit(*arrays), jnp.where(is_label, tangents[0], 0).sum(-1)
+    (logits, label), (tangent, _) = arrays, tangents
+    # Compared and added, not looked up, whose gradient would be added up at indices.
+    is_label = label[..., None] == jnp.arange(logits.shape[-1])
+    return _label_logit(logits, label), jnp.where(is_label, tangent, 0).sum(-1)

@@ -91,11 +91,12 @@ def winograd_pays(
     products; a map that fits into the cache, or does in a few groups of images, or so many channels that there is more
     to multiply than to add (not so for the kernel's gradient, whose sums are copied, too); not so few channels that it
     is the other way round; and tiles that exceed the output's height by no more than half. The map must be no smaller
-    than the kernel. With strides it pays for a ResNet's stem, 7x7, but not for its kernel's gradient. In bfloat16 the
-    sums would lose too much, and a program that is exported may not know its sizes.
+    than the kernel. With strides only the forward pass of a ResNet's stem pays: three channels, 7x7, stride 2, padding
+    3, and an even height. In bfloat16 the sums would lose too much, and a program that is exported may not know its
+    sizes.
 
     Args:
-      x: (N, H, W, C), the input, or for the gradient with respect to it that at the output.
+      x: (N, H, W, C), the input, or, without strides, for the gradient with respect to it that at the output.
       shape: (KH, KW, C, O) of the kernel.
       strides: of both axes.
       padding: on each of the four sides; for the gradient at the output K - 1 minus the convolution's.
@@ -106,8 +107,8 @@ def winograd_pays(
         return False
     n, height, width, channels = x.shape
     if strides != 1:
-        is_stem = (*shape[:2], strides, padding) == (7, 7, 2, 3) and height % 2 == 0
-        return is_stem and min(height, width) >= 7 and not kernel_grad
+        is_stem = (*shape[:3], strides, padding) == (7, 7, 3, 2, 3)
+        return is_stem and shape[3] >= 32 and height % 2 == 0 and min(height, width) >= 7 and not kernel_grad
     taps, columns = shape[:2]
     if taps != columns or taps not in _FEWEST_CHANNELS or not 0 <= padding < taps:
         return False
@@ -130,7 +131,7 @@ def winograd(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax
 
     Args:
       x: (N, H, W, C) float32, H + 2 padding and W + 2 padding at least K; with a stride of 2 H is even.
-      kernel: (K, K, C, O) float32, HWIO; K is 2 or 3, or 7 with a stride of 2.
+      kernel: (K, K, C, O) float32, HWIO; K is 2 or 3, with a stride of 2 it is 7.
       strides: of both axes, 1 or 2.
       padding: zeros added on each of the four sides, fewer than K.
 
@@ -141,7 +142,7 @@ def winograd(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax
     """
     outputs, before = (x.shape[1] + 2 * padding - len(kernel)) // strides + 1, padding
     if strides == 2:
-        # Where an output sees an odd row first, its first pair has a row more, which weighs nothing; so has its last.
+        # Where an output sees an odd row first, its first pair has a row more, which weighs nothing; else its last.
         odd = padding % 2
         kernel = jnp.pad(kernel, ((odd, (odd + len(kernel)) % 2), (0, 0), (0, 0), (0, 0)))
         x, kernel = _pairs_of_rows(x), jnp.moveaxis(_pairs_of_rows(jnp.moveaxis(kernel, 3, 0)), 0, 3)
@@ -159,7 +160,7 @@ def winograd(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax
 
 
 def winograd_input_grad(g: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """The gradient of `winograd` with respect to its input, which is a convolution with the kernel turned.
+    """The gradient of `winograd` without strides with respect to its input: a convolution with the kernel turned.
 
     Args:
       g: (N, H', W', O) float32, the gradient at the output.
@@ -178,7 +179,7 @@ def winograd_input_grad(g: jax.Array, kernel: jax.Array, padding: int) -> jax.Ar
 
 
 def winograd_kernel_grad(x: jax.Array, g: jax.Array, taps: int, padding: int) -> jax.Array:
-    """The gradient of `winograd` with respect to its kernel: convolutions whose input channels are the tiles.
+    """The gradient of `winograd` without strides with respect to its kernel: the tiles are convolutions' channels.
 
     A value that is not finite may reach all of it.
 
@@ -272,7 +273,7 @@ def _transpose(weights: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
 
 
 def _of_kernel(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
-    """(K, K, C, O) -> for each point (1, K, C, O), such that XLA does not compute them before x, and keep them."""
+    """(K, L, C, O) -> for each point (1, L, C, O), such that XLA does not compute them before x, and keep them."""
     zero = 0 * x[0, 0, 0, 0]
     return _sums(_FORMS[len(kernel)].of_kernel, [row + zero for row in jnp.split(kernel, len(kernel))])
 
@@ -289,7 +290,7 @@ def _convolve(
 ) -> jax.Array:
     """So many rows of outputs.
 
-    Before the first row of x there are as many rows of zeros as `padding` says, and zeros at both ends of each row;
+    Before the first row of x there are `padding[0]` rows of zeros, at both ends of each row `padding[1]` zeros;
     `strides` are along the rows.
     """
     form = _FORMS[taps]
@@ -304,7 +305,11 @@ def _convolve(
 def _pairs_of_rows(x: jax.Array) -> jax.Array:
     """(N, 2 H, W, C) -> (N, H, W, 2 C)."""
     n, height, width, channels = x.shape
-    return x.reshape(n, height // 2, 2, width, channels).transpose(0, 1, 3, 2, 4).reshape(n, -1, width, 2 * channels)
+    return (
+        x.reshape(n, height // 2, 2, width, channels)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(n, height // 2, width, 2 * channels)
+    )
 
 
 def _tiles_together(x: jax.Array) -> jax.Array:

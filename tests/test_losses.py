@@ -45,6 +45,17 @@ def test_derivatives_equal_differences_in_both_modes(weights):
     check_grads(loss_fn, (logits / 5,), order=2, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2)
 
 
+def test_the_labels_logit_is_looked_up_and_its_gradient_compared():
+    """Looked up, the loss needs less memory; a gradient that is added up at indices would need more."""
+    logits, label = random_case(7)
+    value, gradient = (
+        jax.jit(function).lower(logits, label).as_text()
+        for function in (pixel_cross_entropy, jax.grad(pixel_cross_entropy))
+    )
+    assert "stablehlo.gather" in value
+    assert "stablehlo.scatter" not in gradient
+
+
 def test_uniform_logits_give_the_logarithm_of_the_number_of_classes():
     loss = pixel_cross_entropy(jnp.zeros((1, 2, 2, 9)), jnp.array([[[0, 8], [255, 3]]]))
     np.testing.assert_allclose(loss, np.log(9), rtol=1e-6)

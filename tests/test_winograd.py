@@ -25,6 +25,7 @@ CASES = [
     (6, 9, 9, 32, 33),
     (8, 3, 10, 33, 64),
 ]
+SMALL, STEM = (3, 3, 64, 64), (7, 7, 3, 64)
 WAYS = ("winograd", "winograd_input_grad", "winograd_kernel_grad")
 
 
@@ -56,7 +57,7 @@ def test_the_convolution_and_its_gradients_equal_numpy_in_float64(case, at_once,
     assert_close([backward(x, g)], [kernel_grad], 1e-5)
 
 
-@pytest.mark.parametrize("padding", [3, 2, 0])
+@pytest.mark.parametrize("padding", [3, 2, 1, 0, 6])
 @pytest.mark.parametrize(
     "case", [(2, 12, 9, 3, 8), (1, 14, 8, 3, 5), (3, 16, 7, 4, 8), (2, 8, 11, 1, 1), (2, 40, 10, 3, 64)], ids=str
 )
@@ -102,7 +103,7 @@ def test_conv_equals_numpy_where_it_takes_this_form(case, taps, padding, expecte
     assert_close(got, numpy_conv(x, kernel, 1, padding), 1e-5)
 
 
-@pytest.mark.parametrize(("case", "taken"), [((2, 20, 17, 3, 8), True), ((2, 19, 16, 3, 8), False)], ids=str)
+@pytest.mark.parametrize(("case", "taken"), [((2, 20, 17, 3, 32), True), ((2, 19, 16, 3, 32), False)], ids=str)
 def test_conv_with_strides_equals_numpy_where_it_takes_this_form(case, taken, called):
     x, kernel = inputs(case, taps=7)
     got = value_and_gradients(functools.partial(conv, strides=2, padding=3), x, kernel)
@@ -143,6 +144,13 @@ def test_conv_in_this_form_under_vmap_of_both_arguments():
     assert_close(jax.vmap(step)(x, kernel), [np.stack(outputs) for outputs in zip(*alone, strict=True)], 1e-5)
 
 
+def test_a_stem_under_vmap_of_both_arguments():
+    parts = [inputs((2, 12, 9, 3, 8), mean, taps=7) for mean in (0.0, 1.0)]
+    x, kernel = (np.stack(arrays) for arrays in zip(*parts, strict=True))
+    got = jax.vmap(lambda x, kernel: winograd(x, kernel, 2, 3))(x, kernel)
+    assert_close([got], [np.stack([numpy_conv(*part, 2, 3)[0] for part in parts])], 1e-5)
+
+
 def test_the_kernels_gradient_in_this_form_under_pmap():
     _, kernel = inputs((4, 12, 7, 32, 32))
     x = normal(4, (jax.local_device_count(), 4, 12, 7, 32))
@@ -158,6 +166,13 @@ def test_of_too_many_groups_the_map_is_taken_whole(monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", 1)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 12, 7, 32), (3, 3, 32, 32))]
     text = jax.jit(lambda x, kernel: winograd(x, kernel, 1, 1)).lower(*arguments).as_text()
+    assert text.count("stablehlo.convolution") == 6
+
+
+def test_a_stem_is_taken_whole(monkeypatch):
+    monkeypatch.setattr(module, "_AT_ONCE", 4 * 2 * 12 * 8 * 3)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 12, 8, 3), STEM)]
+    text = jax.jit(lambda x, kernel: winograd(x, kernel, 2, 3)).lower(*arguments).as_text()
     assert text.count("stablehlo.convolution") == 6
 
 
@@ -191,8 +206,9 @@ def test_rounding_errs_a_few_times_as_much_as_in_a_plain_convolution(mean, taps,
         assert error < times * plain_error
 
 
-def test_rounding_of_a_stem_errs_a_few_times_as_much_as_in_a_plain_convolution():
-    x, kernel = inputs((2, 96, 64, 3, 64), taps=7)
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_rounding_of_a_stem_errs_a_few_times_as_much_as_in_a_plain_convolution(mean):
+    x, kernel = inputs((2, 96, 64, 3, 64), mean, taps=7)
     exact = numpy_conv(x, kernel, 2, 3)[0]
     numbers = ("NHWC", "HWIO", "NHWC")
     plain = jax.lax.conv_general_dilated(x, kernel, (2, 2), [(3, 3)] * 2, dimension_numbers=numbers)
@@ -209,9 +225,6 @@ def test_a_filter_that_moves_each_channel_gives_back_the_map():
     kernel[0, 2] = np.eye(32)  # one up, one to the right
     expected = np.pad(x, ((0, 0), (1, 0), (0, 1), (0, 0)))[:, :-1, 1:]
     np.testing.assert_allclose(winograd(x, kernel, 1, 1), expected, atol=1e-4)
-
-
-SMALL, STEM = (3, 3, 64, 64), (7, 7, 3, 64)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +262,8 @@ SMALL, STEM = (3, 3, 64, 64), (7, 7, 3, 64)
         ((1, 8, 8, 3), STEM, 1, 3, (False, False)),
         ((1, 9, 9, 3), STEM, 3, 3, (False, False)),
         ((1, 8, 8, 3), (7, 5, 3, 64), 2, 3, (False, False)),
+        ((1, 8, 8, 4), (7, 7, 4, 64), 2, 3, (False, False)),
+        ((1, 8, 8, 3), (7, 7, 3, 16), 2, 3, (False, False)),  # few features
         ((0, 8, 8, 3), STEM, 2, 3, (False, False)),
     ],
 )
@@ -257,12 +272,16 @@ def test_where_it_pays(shape, kernel, strides, padding, pays):
     assert tuple(winograd_pays(x, kernel, strides, padding, kernel_grad) for kernel_grad in (False, True)) == pays
 
 
-def test_it_takes_float32_and_known_sizes_only():
+@pytest.mark.parametrize(
+    ("kernel", "strides", "padding", "height", "ways"), [(SMALL, 1, 1, 48, (False, True)), (STEM, 2, 3, 64, (False,))]
+)
+def test_it_takes_float32_and_known_sizes_only(kernel, strides, padding, height, ways):
     for dtype, pays in ((jnp.float32, True), (jnp.bfloat16, False), (jnp.float16, False), (jnp.float64, False)):
-        x = jax.eval_shape(lambda: 0.0).update(shape=(4, 48, 56, 64), dtype=dtype)
-        assert {winograd_pays(x, SMALL, 1, 1, kernel_grad) for kernel_grad in (False, True)} == {pays}
-    unknown = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, h, 56, 64"), jnp.float32)
-    assert not winograd_pays(unknown, SMALL, 1, 1)
+        x = jax.eval_shape(lambda: 0.0).update(shape=(4, height, 56, kernel[2]), dtype=dtype)
+        assert {winograd_pays(x, kernel, strides, padding, kernel_grad) for kernel_grad in ways} == {pays}
+    for sizes in (f"n, h, w, {kernel[2]}", f"n, {height}, 56, {kernel[2]}"):
+        unknown = jax.ShapeDtypeStruct(jax.export.symbolic_shape(sizes), jnp.float32)
+        assert not winograd_pays(unknown, kernel, strides, padding)
 
 
 @pytest.mark.parametrize(
