@@ -92,8 +92,8 @@ def winograd_pays(
     to multiply than to add (not so for the kernel's gradient, whose sums are copied, too); not so few channels that it
     is the other way round; and tiles that exceed the output's height by no more than half. The map must be no smaller
     than the kernel. With strides only the forward pass of a ResNet's stem pays: three channels, 7x7, stride 2, padding
-    3, and an even height. In bfloat16 the sums would lose too much, and a program that is exported may not know its
-    sizes.
+    3, an even height, and images that are not so large that the products take much memory. In bfloat16 the sums would
+    lose too much, and a program that is exported may not know its sizes.
 
     Args:
       x: (N, H, W, C), the input, or, without strides, for the gradient with respect to it that at the output.
@@ -107,8 +107,9 @@ def winograd_pays(
         return False
     n, height, width, channels = x.shape
     if strides != 1:
-        is_stem = (*shape[:3], strides, padding) == (7, 7, 3, 2, 3)
-        return is_stem and shape[3] >= 32 and height % 2 == 0 and min(height, width) >= 7 and not kernel_grad
+        is_stem = (*shape[:3], strides, padding) == (7, 7, 3, 2, 3) and shape[3] >= 32 and not kernel_grad
+        is_large = 4 * math.prod(x.shape) > _MOST_GROUPS * _AT_ONCE
+        return is_stem and height % 2 == 0 and min(height, width) >= 7 and not is_large
     taps, columns = shape[:2]
     if taps != columns or taps not in _FEWEST_CHANNELS or not 0 <= padding < taps:
         return False

@@ -255,6 +255,8 @@ def test_a_filter_that_moves_each_channel_gives_back_the_map():
         ((0, 48, 56, 64), SMALL, 1, 1, (False, False)),
         ((8, 352, 448, 3), STEM, 2, 3, (True, False)),
         ((1, 8, 7, 3), STEM, 2, 3, (True, False)),
+        ((2, 1024, 1024, 3), STEM, 2, 3, (True, False)),
+        ((2, 1024, 1026, 3), STEM, 2, 3, (False, False)),  # the products would take much memory
         ((1, 7, 8, 3), STEM, 2, 3, (False, False)),  # an odd height
         ((1, 8, 6, 3), STEM, 2, 3, (False, False)),  # narrower than the kernel
         ((1, 6, 8, 3), STEM, 2, 3, (False, False)),  # lower than it
