@@ -76,6 +76,8 @@ _FEWEST_CHANNELS = {2: 64, 3: 32}
 _AT_ONCE = 6 * 2**20
 # Each group of images is compiled for itself.
 _MOST_GROUPS = 4
+# A stem's products take ten times as many bytes as its images; of more than these that would be much memory.
+_LARGEST_IMAGES = 24 * 2**20
 
 
 def winograd_pays(
@@ -108,7 +110,7 @@ def winograd_pays(
     n, height, width, channels = x.shape
     if strides != 1:
         is_stem = (*shape[:3], strides, padding) == (7, 7, 3, 2, 3) and shape[3] >= 32 and not kernel_grad
-        is_large = 4 * math.prod(x.shape) > _MOST_GROUPS * _AT_ONCE
+        is_large = 4 * math.prod(x.shape) > _LARGEST_IMAGES
         return is_stem and height % 2 == 0 and min(height, width) >= 7 and not is_large
     taps, columns = shape[:2]
     if taps != columns or taps not in _FEWEST_CHANNELS or not 0 <= padding < taps:
