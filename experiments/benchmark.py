@@ -51,8 +51,15 @@ class Settings:
     """Do the same in PyTorch, in turns, and print ratios of the times; torch must be installed."""
     torch_forms: tuple[Literal["eager", "compile", "bf16"], ...] = ("eager",)
     """How PyTorch does it: eager, torch.compile, or eager under bf16 autocast; always channels_last."""
+    starts: int = 1
+    """How often all programs are started anew. Where a process' memory comes to lie can make a difference of some
+    percent for as long as it lives."""
+    kept_programs: bool = False
+    """Take compiled programs from where training commands keep them, as those do from their second start on (and
+    torch.compile always does): "start s" and, on a CPU, the peak are smaller. What is not there yet is compiled first,
+    in a start that is not measured."""
     rounds: int = 7
-    """Rounds that are measured; all programs take turns in each, and begin with three steps that are not measured."""
+    """Rounds of each start; all programs take turns in each, and begin with three steps that are not measured."""
     steps: int = 5
     """Steps in a round that are measured."""
     json: pathlib.Path | None = None
@@ -80,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(settings: Settings) -> None:
     """Raises ValueError if a value is out of range or PyTorch is missing."""
-    for option in ("batch_size", "num_classes", "rounds", "steps"):
+    for option in ("batch_size", "num_classes", "starts", "rounds", "steps"):
         if getattr(settings, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} must be above 0, not {getattr(settings, option)}")
     if min(settings.image_size) < 8:
@@ -138,8 +145,9 @@ def _measure_works(works: Sequence[str], programs: list[str], settings: Settings
             numbers += [f"{row['share_of_peak']:.0%}", f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
             print(line.format(work, program, *numbers), flush=True)
     print(
-        "ms/step: median (least-most) of the rounds; start: to the end of the first step; peak MiB: of the process"
-        " in the rounds, but with starting and compiling on macOS and of a GPU; ratio: jaxseg's time / this"
+        "ms/step: median (least-most) of all rounds; start: to the end of the first step; peak MiB: of the process"
+        " in the rounds, but with starting and compiling on macOS and of a GPU; both the starts' median;"
+        " ratio: jaxseg's time / this"
     )
 
 
@@ -168,32 +176,36 @@ def print_breakdown(rows: list[dict[str, Any]]) -> None:
 
 def _measure_work(work: str, programs: list[str], settings: Settings) -> dict[str, dict[str, float]]:
     """Measures one piece of work in all programs, which take turns; the numbers of each."""
-    workers: dict[str, _Worker] = {}
-    times: dict[str, list[float]] = {program: [] for program in programs}
-    try:
-        for program in programs:
-            workers[program] = _Worker(program, work, settings)
-        for _ in range(settings.rounds):
+    if settings.kept_programs:
+        _Worker("jaxseg", work, settings).close()
+    starts: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
+    for start in range(settings.starts):
+        with contextlib.ExitStack() as stack:
+            workers = {program: stack.enter_context(_Worker(program, work, settings)) for program in programs}
+            times: dict[str, list[float]] = {program: [] for program in programs}
+            for _ in range(settings.rounds):
+                for program, worker in workers.items():
+                    times[program].append(1e3 * worker.ask("round") / settings.steps)
+            if settings.profile and start == 0:
+                workers["jaxseg"].ask("profile")
             for program, worker in workers.items():
-                times[program].append(1e3 * worker.ask("round") / settings.steps)
-        if settings.profile:
-            workers["jaxseg"].ask("profile")
-        rows = {}
-        for program, worker in workers.items():
-            ms = statistics.median(times[program])
-            rows[program] = {
-                "ms": ms,
-                "ms_min": min(times[program]),
-                "ms_max": max(times[program]),
-                "images_per_s": 1e3 * settings.batch_size / ms,
-                "peak_mib": worker.ask("peak"),
-                "start_s": worker.machine["start_s"],
-                "gflop_per_image": workers["jaxseg"].machine["gflop_per_image"],
-            }
-        return rows
-    finally:
-        for worker in workers.values():
-            worker.close()
+                starts[program].append({"ms": times[program], "peak_mib": worker.ask("peak"), **worker.machine})
+    return {program: _numbers(starts[program], starts["jaxseg"][0]["gflop_per_image"], settings) for program in starts}
+
+
+def _numbers(starts: list[dict[str, Any]], gflop_per_image: float, settings: Settings) -> dict[str, float]:
+    """A program's row: of the times of all rounds of all its starts, and the medians of what each start has one of."""
+    times = [ms for start in starts for ms in start["ms"]]
+    ms = statistics.median(times)
+    return {
+        "ms": ms,
+        "ms_min": min(times),
+        "ms_max": max(times),
+        "images_per_s": 1e3 * settings.batch_size / ms,
+        "peak_mib": statistics.median(start["peak_mib"] for start in starts),
+        "start_s": statistics.median(start["start_s"] for start in starts),
+        "gflop_per_image": gflop_per_image,
+    }
 
 
 class _Worker:
@@ -250,6 +262,10 @@ def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
         try:
             began = time.perf_counter()
             if program == "jaxseg":
+                if settings.kept_programs:
+                    from experiments.compiled import keep_compiled_programs
+
+                    keep_compiled_programs()
                 give_back_what_compiling_took()
                 work_on = works.prepare(work, load, batches)
             else:

@@ -1,5 +1,6 @@
 """The benchmark: what it counts, and that it measures what it says."""
 
+import collections
 import json
 import mmap
 import sys
@@ -44,6 +45,48 @@ def test_it_measures_and_writes_what_it_measured(tmp_path, capsys):
     np.testing.assert_allclose(row["gflops"], row["gflop_per_image"] * row["images_per_s"])
     np.testing.assert_allclose(row["share_of_peak"], row["gflops"] / results["peak_gflops"])
     assert "32x32, batch 4, float32, loader included" in capsys.readouterr().out
+
+
+def test_the_times_of_all_starts_are_pooled(monkeypatch):
+    """Each round takes as many seconds as its program had rounds before; three kept programs' starts, two measured."""
+    started, asked = [], collections.Counter()
+
+    class Worker:
+        def __init__(self, program, work, settings):
+            started.append((program, settings.kept_programs))
+            self.program, self.machine = program, {"start_s": len(started), "gflop_per_image": 7.0}
+
+        def ask(self, question):
+            asked[self.program, question] += 1
+            return 100 * len(started) if question == "peak" else asked[self.program, question] - 1
+
+        def close(self):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(benchmark, "_Worker", Worker)
+    settings = benchmark.Settings(starts=2, rounds=3, steps=2, kept_programs=True)
+    rows = benchmark._measure_work("stage2", ["jaxseg", "torch eager"], settings)
+    assert started == [(program, True) for program in ["jaxseg", *2 * ["jaxseg", "torch eager"]]]
+    assert list(rows) == ["jaxseg", "torch eager"]
+    # 0 to 5 seconds in two steps each.
+    for row, start in ((rows["jaxseg"], 3), (rows["torch eager"], 4)):
+        assert (row["ms_min"], row["ms"], row["ms_max"]) == (0, 1250, 2500)
+        assert (row["start_s"], row["peak_mib"], row["gflop_per_image"]) == (start, 400, 7)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_programs_are_kept_if_asked_for(monkeypatch, tmp_path, kept):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ["--image-size", "32", "32", "--work", "inference", "--rounds", "1", "--steps", "1"]
+    assert benchmark.main([*options, *["--kept-programs"] * kept]) == 0
+    assert any((tmp_path / "jaxseg").glob("compiled/*/*predict*")) == kept
 
 
 def test_loading_is_measured_in_turns_with_the_steps(monkeypatch, capsys):
@@ -100,6 +143,7 @@ def test_the_breakdown_has_every_layer_and_sums_them(capsys):
     ("options", "said"),
     [
         (["--steps", "0"], "--steps"),
+        (["--starts", "0"], "--starts"),
         (["--image-size", "4", "32"], "8 or more"),
         (["--model", "improved", "--work", "stage1-cached"], "for the baseline"),
         (["--json", "no/such/folder.json"], "no/such"),
