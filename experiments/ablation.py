@@ -203,7 +203,7 @@ def _cells(entry: dict[str, Any], split: str) -> list[str]:
         "" if value is None else f" ± {value:.4f}" for value in (values["deviation"], values["gain_deviation"])
     )
     some = f" ({len(entry['diverged'])} of {len(entry['seeds'])} diverged)" if entry["diverged"] else ""
-    gain = "" if values["gain"] is None else f"{values['gain']:+.4f}{gain_spread}"
+    gain = "" if values["gain"] is None else f"{values['gain']:+z.4f}{gain_spread}"
     return [f"{values['mean']:.4f}{spread}{some}", gain]
 
 

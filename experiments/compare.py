@@ -212,7 +212,7 @@ def tabulate(opened: Opened, totals: Any) -> str:
     values.append(("mean_iou", metrics.mean_iou(totals[0]), metrics.mean_iou(totals[1])))
     rows = []
     for name, first, second in values:
-        difference = "" if np.isnan(second - first) else f"{second - first:+.5f}"
+        difference = "" if np.isnan(second - first) else f"{second - first:+z.5f}"
         rows.append([name, *("absent" if np.isnan(x) else f"{x:.5f}" for x in (first, second)), difference])
     epochs = "; ".join(
         f"{title}, {model.checkpoint['stage_name']}, epoch {model.checkpoint['epoch']}"
@@ -244,7 +244,7 @@ def draw(opened: Opened, totals: Any, scores: Any, names: list[str], number: int
         rows = []
         for index in indices:
             item, (first, second) = opened.source[index], scores[:, index]
-            caption = f"{names[index]} · mIoU: A {first:.3f}, B {second:.3f} ({second - first:+.3f})"
+            caption = f"{names[index]} · mIoU: A {first:.3f}, B {second:.3f} ({second - first:+z.3f})"
             rows.append(plots.Row(item["image"], (item["label"], maps[0][index], maps[1][index]), caption))
         headings = ("photograph", "label", *opened.titles)
         paths = plots.plot_rows(rows, headings, labels.names, labels.colours, output / f"{letter.lower()}_better.png")

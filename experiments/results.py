@@ -49,12 +49,12 @@ def print_table(confusion: np.ndarray, labels: Labels, boundary_iou: np.ndarray 
 def stage_difference(before: np.ndarray, after: np.ndarray, names: tuple[str, ...]) -> str:
     """One line: what the second stage added to the first, and the classes that gained most and least."""
     first, second = metrics.mean_iou(before), metrics.mean_iou(after)
-    line = f"stage 2 added {second - first:+.4f} to stage 1's mean_iou ({first:.4f} -> {second:.4f})"
+    line = f"stage 2 added {second - first:+z.4f} to stage 1's mean_iou ({first:.4f} -> {second:.4f})"
     gain = metrics.iou_per_class(after) - metrics.iou_per_class(before)
     if not np.isfinite(gain).any():
         return line
     most, least = int(np.nanargmax(gain)), int(np.nanargmin(gain))
-    return f"{line}; most for {names[most]} ({gain[most]:+.3f}), least for {names[least]} ({gain[least]:+.3f})"
+    return f"{line}; most for {names[most]} ({gain[most]:+z.3f}), least for {names[least]} ({gain[least]:+z.3f})"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

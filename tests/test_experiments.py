@@ -24,6 +24,7 @@ from experiments import prepare as preparing
 from experiments.datasets import find_data
 from experiments.prepare import prepare
 from experiments.processes import ALONE, Processes
+from experiments.results import stage_difference
 from experiments.run import describe_run, how_to_go_on, what_is_kept
 from experiments.settings import Options, complete, describe_schedule, differences, parse, to_json
 from experiments.workdir import differ
@@ -198,6 +199,14 @@ def test_a_stage_without_epochs_is_left_out_and_said_so(folder, tmp_path, capsys
     assert "stage 1: left out (0 epochs)" in out and "stage 2 added" not in out
     figures = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
     assert "training_stage_2.png" in figures and "training_stage_1.png" not in figures
+
+
+def test_a_difference_too_small_to_print_has_no_sign_of_its_own():
+    before, after = np.diag([10**6, 10**6]), np.array([[10**6, 0], [1, 10**6]])
+    assert "added +0.0000 to" in stage_difference(before, after, ("sky", "road"))
+    assert "-0.0" not in stage_difference(before, after, ("sky", "road"))
+    # IoU 0.5 of the one, and 0.5 of the other.
+    assert "added -0.5000 to" in stage_difference(before, np.array([[2, 1], [1, 2]]), ("sky", "road"))
 
 
 def test_a_missing_folder_is_named(tmp_path, capsys):

@@ -77,6 +77,6 @@ def plot_class_bars(
             page.add_patch(Rectangle((left, above), length * value, _BAR, color=colour, linewidth=0))
             write(page, left + length * value + 0.06, middle, f"{value:.3f}", SMALL_SIZE - 1, va="center_baseline")
         difference = values[1] - values[0]
-        text = "" if np.isnan(difference) else f"{difference:+.4f}"
+        text = "" if np.isnan(difference) else f"{difference:+z.4f}"
         write(page, PAGE_WIDTH - margin, y + _ROW / 2, text, TEXT_SIZE, ha="right", va="center_baseline", **style)
     save(page.figure, path)
