@@ -18,6 +18,8 @@ import tyro
 
 from experiments.memory import give_back_freed_memory, give_back_what_compiling_took, keep_freed_memory
 
+# What JAX takes for no in an environment variable.
+_OFF = ("n", "no", "f", "false", "off", "0")
 _STATUS = pathlib.Path("/proc/self/status")
 # In training there are no pauses, after which the memory that a step gave back is slow to come again, for some steps.
 _STEPS_AFTER_A_PAUSE = 3
@@ -52,12 +54,13 @@ class Settings:
     torch_forms: tuple[Literal["eager", "compile", "bf16"], ...] = ("eager",)
     """How PyTorch does it: eager, torch.compile, or eager under bf16 autocast; always channels_last."""
     starts: int = 1
-    """How often all programs are started anew. Where a process' memory comes to lie can make a difference of some
-    percent for as long as it lives."""
+    """How often all programs are started anew (but not for loading or the breakdown): where its memory comes to lie
+    can make some percent of a difference for as long as a process lives. Times are pooled; of starting and of the peak
+    it is the median."""
     kept_programs: bool = False
-    """Take compiled programs from where training commands keep them, as those do from their second start on (and
-    torch.compile always does): "start s" and, on a CPU, the peak are smaller. What is not there yet is compiled first,
-    in a start that is not measured."""
+    """Keep jaxseg's compiled programs where training commands keep them, and measure as those run from their second
+    start on, which starts sooner and on a CPU needs less memory; torch.compile keeps its own by default, anyway. All
+    programs are started once more, before, for what is not kept yet."""
     rounds: int = 7
     """Rounds of each start; all programs take turns in each, and begin with three steps that are not measured."""
     steps: int = 5
@@ -94,6 +97,8 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--image-size must be 8 or more, not {settings.image_size[0]} {settings.image_size[1]}")
     if settings.model == "improved" and "stage1-cached" in settings.work:
         raise ValueError("--work stage1-cached is for the baseline: the improved model rotates its images")
+    if settings.kept_programs and os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in _OFF:
+        raise ValueError("--kept-programs: JAX_ENABLE_COMPILATION_CACHE is off, and nothing is kept; unset it")
     if settings.json and not settings.json.parent.is_dir():
         raise ValueError(f"--json {settings.json}: no folder {settings.json.parent}")
     if settings.profile and settings.profile.exists() and not settings.profile.is_dir():
@@ -115,7 +120,9 @@ def measure(settings: Settings) -> dict[str, Any]:
     print(f"{results['device']}, {results['versions']}; matrix product {results['peak_gflops']:.0f} GFLOP/s")
     print(f"{settings.model}, {settings.encoder}, {settings.image_size[0]}x{settings.image_size[1]},", end=" ")
     loads = "loader included" if settings.loader else "loader not included"
-    print(f"batch {settings.batch_size}, {settings.dtype}, {loads}")
+    kept = ", compiled programs kept" if settings.kept_programs else ""
+    started = f", {settings.starts} starts" if settings.starts > 1 else ""
+    print(f"batch {settings.batch_size}, {settings.dtype}, {loads}{kept}{started}")
     if pieces := [work for work in settings.work if work != "loading"]:
         _measure_works(pieces, programs, settings, results)
     if "loading" in settings.work:
@@ -146,7 +153,7 @@ def _measure_works(works: Sequence[str], programs: list[str], settings: Settings
             print(line.format(work, program, *numbers), flush=True)
     print(
         "ms/step: median (least-most) of all rounds; start: to the end of the first step; peak MiB: of the process"
-        " in the rounds, but with starting and compiling on macOS and of a GPU; both the starts' median;"
+        " in the rounds, but with starting and compiling on macOS and of a GPU; of several starts the median of either;"
         " ratio: jaxseg's time / this"
     )
 
@@ -174,10 +181,11 @@ def print_breakdown(rows: list[dict[str, Any]]) -> None:
         print(f"{row['name']:<34} {shape:>16} {' '.join(numbers)}")
 
 
-def _measure_work(work: str, programs: list[str], settings: Settings) -> dict[str, dict[str, float]]:
+def _measure_work(work: str, programs: list[str], settings: Settings) -> dict[str, dict[str, Any]]:
     """Measures one piece of work in all programs, which take turns; the numbers of each."""
     if settings.kept_programs:
-        _Worker("jaxseg", work, settings).close()
+        for program in programs:
+            _Worker(program, work, settings).close()
     starts: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
     for start in range(settings.starts):
         with contextlib.ExitStack() as stack:
@@ -186,15 +194,15 @@ def _measure_work(work: str, programs: list[str], settings: Settings) -> dict[st
             for _ in range(settings.rounds):
                 for program, worker in workers.items():
                     times[program].append(1e3 * worker.ask("round") / settings.steps)
-            if settings.profile and start == 0:
-                workers["jaxseg"].ask("profile")
             for program, worker in workers.items():
                 starts[program].append({"ms": times[program], "peak_mib": worker.ask("peak"), **worker.machine})
+            if settings.profile and start == 0:
+                workers["jaxseg"].ask("profile")
     return {program: _numbers(starts[program], starts["jaxseg"][0]["gflop_per_image"], settings) for program in starts}
 
 
-def _numbers(starts: list[dict[str, Any]], gflop_per_image: float, settings: Settings) -> dict[str, float]:
-    """A program's row: of the times of all rounds of all its starts, and the medians of what each start has one of."""
+def _numbers(starts: list[dict[str, Any]], gflop_per_image: float, settings: Settings) -> dict[str, Any]:
+    """A program's row: of all its starts' rounds, the medians of what each start has one of, and each start's."""
     times = [ms for start in starts for ms in start["ms"]]
     ms = statistics.median(times)
     return {
@@ -205,6 +213,7 @@ def _numbers(starts: list[dict[str, Any]], gflop_per_image: float, settings: Set
         "peak_mib": statistics.median(start["peak_mib"] for start in starts),
         "start_s": statistics.median(start["start_s"] for start in starts),
         "gflop_per_image": gflop_per_image,
+        "starts": starts,
     }
 
 

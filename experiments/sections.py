@@ -322,7 +322,7 @@ def _mark(values: Sequence[float | None]) -> list[str]:
 
 def _difference(before: float | None, after: float | None, digits: int = 5) -> str:
     """With a sign, and a minus as wide as the plus; nothing where there is nothing to subtract."""
-    return "" if before is None or after is None else f"{after - before:+.{digits}f}".replace("-", "\u2212")
+    return "" if before is None or after is None else f"{after - before:+z.{digits}f}".replace("-", "\u2212")
 
 
 def _gains(baseline: TrainedRun, improved: TrainedRun, split: str) -> Html:

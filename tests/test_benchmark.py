@@ -1,10 +1,10 @@
 """The benchmark: what it counts, and that it measures what it says."""
 
-import collections
 import json
 import mmap
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -47,46 +47,93 @@ def test_it_measures_and_writes_what_it_measured(tmp_path, capsys):
     assert "32x32, batch 4, float32, loader included" in capsys.readouterr().out
 
 
-def test_the_times_of_all_starts_are_pooled(monkeypatch):
-    """Each round takes as many seconds as its program had rounds before; three kept programs' starts, two measured."""
-    started, asked = [], collections.Counter()
+class _Program:
+    """In a worker's place: its rounds take 0, 1, 4, 9, ... seconds; the class knows who lives, and what was asked."""
 
-    class Worker:
-        def __init__(self, program, work, settings):
-            started.append((program, settings.kept_programs))
-            self.program, self.machine = program, {"start_s": len(started), "gflop_per_image": 7.0}
+    alive: ClassVar[list["_Program"]] = []
+    started: ClassVar[list[str]] = []
+    asked: ClassVar[list[tuple[str, str]]] = []
 
-        def ask(self, question):
-            asked[self.program, question] += 1
-            return 100 * len(started) if question == "peak" else asked[self.program, question] - 1
+    def __init__(self, program, work, settings):
+        self.program = program
+        self.started.append(program)
+        self.alive.append(self)
+        self.machine = {"start_s": len(self.started), "gflop_per_image": 7.0 if program == "jaxseg" else None}
 
-        def close(self):
-            pass
+    def ask(self, question):
+        number = self.asked.count((self.program, question))
+        self.asked.append((self.program, question))
+        return 100 * 2**number if question == "peak" else number**2
 
-        def __enter__(self):
-            return self
+    def close(self):
+        self.alive.remove(self)
 
-        def __exit__(self, *_):
-            pass
+    def __enter__(self):
+        return self
 
-    monkeypatch.setattr(benchmark, "_Worker", Worker)
-    settings = benchmark.Settings(starts=2, rounds=3, steps=2, kept_programs=True)
+    def __exit__(self, *_):
+        self.close()
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """`_Program` for workers, fresh."""
+    for name in ("alive", "started", "asked"):
+        monkeypatch.setattr(_Program, name, [])
+    monkeypatch.setattr(benchmark, "_Worker", _Program)
+    return _Program
+
+
+def test_the_times_of_all_starts_are_pooled(programs, tmp_path):
+    """Both programs are started four times, the first time not measured."""
+    settings = benchmark.Settings(starts=3, rounds=2, steps=2, kept_programs=True, profile=tmp_path)
     rows = benchmark._measure_work("stage2", ["jaxseg", "torch eager"], settings)
-    assert started == [(program, True) for program in ["jaxseg", *2 * ["jaxseg", "torch eager"]]]
+    assert programs.started == ["jaxseg", "torch eager"] * 4 and not programs.alive
     assert list(rows) == ["jaxseg", "torch eager"]
-    # 0 to 5 seconds in two steps each.
-    for row, start in ((rows["jaxseg"], 3), (rows["torch eager"], 4)):
-        assert (row["ms_min"], row["ms"], row["ms_max"]) == (0, 1250, 2500)
-        assert (row["start_s"], row["peak_mib"], row["gflop_per_image"]) == (start, 400, 7)
+    # 0, 1, 4, 9, 16 and 25 seconds for two steps of four images.
+    for row, start in ((rows["jaxseg"], 5), (rows["torch eager"], 6)):
+        assert (row["ms_min"], row["ms"], row["ms_max"]) == (0, 3250, 12500)
+        assert (row["start_s"], row["peak_mib"], row["gflop_per_image"]) == (start, 200, 7)
+        np.testing.assert_allclose(row["images_per_s"], 4 / 3.25)
+        assert [one["ms"] for one in row["starts"]] == [[0, 500], [2000, 4500], [8000, 12500]]
+    # Once, and when the peak of its start is known.
+    of_jaxseg = [question for program, question in programs.asked if program == "jaxseg"]
+    assert of_jaxseg == ["round", "round", "peak", "profile", *2 * ["round", "round", "peak"]]
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_programs_are_kept_if_asked_for(monkeypatch, tmp_path, kept):
+def test_only_what_takes_turns_lives_at_a_time(programs, monkeypatch):
+    living, ask = [], programs.ask
+
+    def ask_and_count(self, question):
+        living.append(len(programs.alive))
+        return ask(self, question)
+
+    monkeypatch.setattr(programs, "ask", ask_and_count)
+    settings = benchmark.Settings(starts=2, kept_programs=True)
+    benchmark._measure_work("stage2", ["jaxseg", "torch eager"], settings)
+    assert set(living) == {2} and not programs.alive
+    monkeypatch.setattr(programs, "ask", lambda self, question: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        benchmark._measure_work("stage2", ["jaxseg", "torch eager"], settings)
+    assert not programs.alive
+
+
+def test_programs_are_kept_if_asked_for(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = ["--image-size", "32", "32", "--work", "inference", "--rounds", "1", "--steps", "1"]
-    assert benchmark.main([*options, *["--kept-programs"] * kept]) == 0
-    assert any((tmp_path / "jaxseg").glob("compiled/*/*predict*")) == kept
+
+    def kept():
+        return {path.name: path.read_bytes() for path in tmp_path.glob("jaxseg/compiled/*/*predict*")}
+
+    assert benchmark.main(options) == 0 and not kept()
+    assert benchmark.main([*options, "--kept-programs"]) == 0
+    # The program, and when it was last taken from there: when the start that was measured began.
+    program, taken = sorted(kept(), key=lambda name: name.endswith("-atime"))
+    assert taken.endswith("-atime") and program.endswith("-cache")
+    before = kept()
+    assert benchmark.main([*options, "--kept-programs"]) == 0
+    assert kept()[program] == before[program] and kept()[taken] != before[taken]
 
 
 def test_loading_is_measured_in_turns_with_the_steps(monkeypatch, capsys):
@@ -154,6 +201,12 @@ def test_mistakes_are_told_in_one_line(capsys, options, said):
     assert benchmark.main(options) == 2
     line = capsys.readouterr().err.strip()
     assert said in line and "\n" not in line
+
+
+def test_kept_programs_that_cannot_be_kept_are_told(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "False")
+    assert benchmark.main(["--kept-programs"]) == 2
+    assert "JAX_ENABLE_COMPILATION_CACHE is off" in capsys.readouterr().err
 
 
 def test_what_a_program_cannot_do_is_told_too(capsys):

@@ -88,7 +88,7 @@ def test_two_runs_are_compared_image_by_image(tmp_path, folder, runs, capsys):
     table = (output / "comparison.md").read_text()
     assert table in out and "| class    |  A: one |  B: two | difference |" in table
     difference = record["B"]["mean_iou"] - record["A"]["mean_iou"]
-    assert f"{difference:+.5f} |" in table
+    assert f"{difference:+z.5f} |" in table
     assert {path.name for path in output.iterdir()} == {
         "comparison.md", "comparison.json", "classes.png", "a_better_1.png", "b_better_1.png",
     }  # fmt: skip

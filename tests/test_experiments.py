@@ -201,7 +201,7 @@ def test_a_stage_without_epochs_is_left_out_and_said_so(folder, tmp_path, capsys
     assert "training_stage_2.png" in figures and "training_stage_1.png" not in figures
 
 
-def test_a_difference_too_small_to_print_has_no_sign_of_its_own():
+def test_a_difference_too_small_to_print_has_no_minus_sign():
     before, after = np.diag([10**6, 10**6]), np.array([[10**6, 0], [1, 10**6]])
     assert "added +0.0000 to" in stage_difference(before, after, ("sky", "road"))
     assert "-0.0" not in stage_difference(before, after, ("sky", "road"))

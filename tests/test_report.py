@@ -214,7 +214,7 @@ def test_the_numbers_are_those_of_the_runs(tmp_path, output):
         for index, name in enumerate(("sky", "road", "car")):
             row = [f"{index} {name}", *(f"{each[split]['iou'][name]:.5f}" for each in (base, better))]
             gain = better[split]["iou"][name] - base[split]["iou"][name]
-            assert row in page.rows and [*row, f"{gain:+.5f}".replace("-", "\u2212")] in page.rows
+            assert row in page.rows and [*row, f"{gain:+z.5f}".replace("-", "\u2212")] in page.rows
         means = [f"{each[split]['mean_iou']:.6f}" for each in (base, better)]
         assert ["mean", *means] in page.rows
     scores = [f"{base[split]['mean_iou']:.6f}" for split in ("val", "test")]
