@@ -139,7 +139,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 def _measure_works(works: Sequence[str], programs: list[str], settings: Settings, results: dict[str, Any]) -> None:
     """Measures pieces of work, printing a table as it grows; the numbers go to `results["work"]`."""
     line = "{:<13} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
-    print(line.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "peak", "MiB", "ratio"))
+    print(line.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "share", "MiB", "ratio"))
     for work in works:
         rows = _measure_work(work, programs[:1] if work == "stage1-cached" else programs, settings)
         results["work"][work] = rows
@@ -152,9 +152,9 @@ def _measure_works(works: Sequence[str], programs: list[str], settings: Settings
             numbers += [f"{row['share_of_peak']:.0%}", f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
             print(line.format(work, program, *numbers), flush=True)
     print(
-        "ms/step: median (least-most) of all rounds; start: to the end of the first step; peak MiB: of the process"
-        " in the rounds, but with starting and compiling on macOS and of a GPU; of several starts the median of either;"
-        " ratio: jaxseg's time / this"
+        "ms/step: median (least-most) of all rounds; start: to the end of the first step; share: of the matrix"
+        " product's speed; MiB: the process' peak memory in the rounds, on macOS and on a GPU since it started; start"
+        " and MiB of several starts: the median; ratio: jaxseg's ms/step divided by the row's"
     )
 
 
