@@ -18,8 +18,6 @@ import tyro
 
 from experiments.memory import give_back_freed_memory, give_back_what_compiling_took, keep_freed_memory
 
-# What JAX takes for no in an environment variable.
-_OFF = ("n", "no", "f", "false", "off", "0")
 _STATUS = pathlib.Path("/proc/self/status")
 # In training there are no pauses, after which the memory that a step gave back is slow to come again, for some steps.
 _STEPS_AFTER_A_PAUSE = 3
@@ -97,8 +95,10 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--image-size must be 8 or more, not {settings.image_size[0]} {settings.image_size[1]}")
     if settings.model == "improved" and "stage1-cached" in settings.work:
         raise ValueError("--work stage1-cached is for the baseline: the improved model rotates its images")
-    if settings.kept_programs and os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in _OFF:
-        raise ValueError("--kept-programs: JAX_ENABLE_COMPILATION_CACHE is off, and nothing is kept; unset it")
+    if not settings.work:
+        raise ValueError("--work names nothing to measure")
+    if settings.torch_forms != Settings.torch_forms and settings.against != "torch":
+        raise ValueError("--torch-forms is for --against torch: add that")
     if settings.json and not settings.json.parent.is_dir():
         raise ValueError(f"--json {settings.json}: no folder {settings.json.parent}")
     if settings.profile and settings.profile.exists() and not settings.profile.is_dir():
@@ -272,9 +272,7 @@ def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
             began = time.perf_counter()
             if program == "jaxseg":
                 if settings.kept_programs:
-                    from experiments.compiled import keep_compiled_programs
-
-                    keep_compiled_programs()
+                    _keep_programs()
                 give_back_what_compiling_took()
                 work_on = works.prepare(work, load, batches)
             else:
@@ -295,6 +293,16 @@ def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
             except EOFError:
                 return
             pipe.send(_answer(question, work_on, program, settings, work))
+
+
+def _keep_programs() -> None:
+    import jax
+
+    from experiments.compiled import keep_compiled_programs
+
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        raise ValueError("--kept-programs: JAX_ENABLE_COMPILATION_CACHE is off, and nothing is kept; unset it")
+    keep_compiled_programs()
 
 
 def _answer(question: str, work_on: Any, program: str, settings: Settings, work: str) -> float:

@@ -191,6 +191,8 @@ def test_the_breakdown_has_every_layer_and_sums_them(capsys):
     [
         (["--steps", "0"], "--steps"),
         (["--starts", "0"], "--starts"),
+        (["--work"], "nothing to measure"),
+        (["--torch-forms", "compile"], "--against torch"),
         (["--image-size", "4", "32"], "8 or more"),
         (["--model", "improved", "--work", "stage1-cached"], "for the baseline"),
         (["--json", "no/such/folder.json"], "no/such"),
@@ -205,7 +207,7 @@ def test_mistakes_are_told_in_one_line(capsys, options, said):
 
 def test_kept_programs_that_cannot_be_kept_are_told(capsys, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "False")
-    assert benchmark.main(["--kept-programs"]) == 2
+    assert benchmark.main(["--kept-programs", "--work", "inference"]) == 2
     assert "JAX_ENABLE_COMPILATION_CACHE is off" in capsys.readouterr().err
 
 
