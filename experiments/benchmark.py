@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -52,9 +53,9 @@ class Settings:
     torch_forms: tuple[Literal["eager", "compile", "bf16"], ...] = ("eager",)
     """How PyTorch does it: eager, torch.compile, or eager under bf16 autocast; always channels_last."""
     starts: int = 1
-    """How often all programs are started anew (but not for loading or the breakdown): where its memory comes to lie
-    can make some percent of a difference for as long as a process lives. Times are pooled; of starting and of the peak
-    it is the median."""
+    """How often all programs are started anew (but not for loading or the breakdown), each piece of work once before
+    any again: where its memory comes to lie can make some percent of a difference for as long as a process lives, and
+    the machine can have slow spells. Times are pooled; of starting and of the peak it is the median."""
     kept_programs: bool = False
     """Keep jaxseg's compiled programs where training commands keep them, and measure as those run from their second
     start on, which starts sooner and on a CPU needs less memory; torch.compile keeps its own by default, anyway. All
@@ -137,20 +138,36 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _measure_works(works: Sequence[str], programs: list[str], settings: Settings, results: dict[str, Any]) -> None:
-    """Measures pieces of work, printing a table as it grows; the numbers go to `results["work"]`."""
+    """Measures pieces of work, printing a table as it grows; the numbers go to `results["work"]`.
+
+    All pieces are started once before any is started again, so that a slow spell of the machine falls on several.
+    """
+    from tqdm import tqdm
+
     line = "{:<13} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
     print(line.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "share", "MiB", "ratio"))
-    for work in works:
-        rows = _measure_work(work, programs[:1] if work == "stage1-cached" else programs, settings)
-        results["work"][work] = rows
-        for program, row in rows.items():
-            gflops = row["gflop_per_image"] * row["images_per_s"]
-            row["gflops"], row["share_of_peak"] = gflops, gflops / results["peak_gflops"]
-            row["ratio"] = rows["jaxseg"]["ms"] / row["ms"]
-            spread = f"{row['ms']:.1f} ({row['ms_min']:.1f}-{row['ms_max']:.1f})"
-            numbers = [f"{row['images_per_s']:.1f}", spread, f"{row['start_s']:.1f}", f"{gflops:.0f}"]
-            numbers += [f"{row['share_of_peak']:.0%}", f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
-            print(line.format(work, program, *numbers), flush=True)
+    turns = {work: programs[:1] if work == "stage1-cached" else programs for work in works}
+    if settings.kept_programs:
+        for work, takers in turns.items():
+            for program in takers:
+                _Worker(program, work, settings).close()
+    starts: dict[str, list[dict[str, Any]]] = {work: [] for work in turns}
+    with tqdm(total=settings.starts * len(turns), desc="starts", leave=False, disable=None) as bar:
+        for start, work in itertools.product(range(settings.starts), turns):
+            starts[work].append(_measure_start(work, turns[work], settings, profiled=start == 0))
+            bar.update()
+            if start + 1 < settings.starts:
+                continue
+            rows = {program: _numbers([one[program] for one in starts[work]], settings) for program in turns[work]}
+            results["work"][work] = rows
+            for program, row in rows.items():
+                gflops = row["gflop_per_image"] * row["images_per_s"]
+                row["gflops"], row["share_of_peak"] = gflops, gflops / results["peak_gflops"]
+                row["ratio"] = rows["jaxseg"]["ms"] / row["ms"]
+                spread = f"{row['ms']:.1f} ({row['ms_min']:.1f}-{row['ms_max']:.1f})"
+                numbers = [f"{row['images_per_s']:.1f}", spread, f"{row['start_s']:.1f}", f"{gflops:.0f}"]
+                numbers += [f"{row['share_of_peak']:.0%}", f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
+                tqdm.write(line.format(work, program, *numbers))
     print(
         "ms/step: median (least-most) of all rounds; start: to the end of the first step; share: of the matrix"
         " product's speed; MiB: the process' peak memory in the rounds, on macOS and on a GPU since it started; start"
@@ -181,27 +198,24 @@ def print_breakdown(rows: list[dict[str, Any]]) -> None:
         print(f"{row['name']:<34} {shape:>16} {' '.join(numbers)}")
 
 
-def _measure_work(work: str, programs: list[str], settings: Settings) -> dict[str, dict[str, Any]]:
-    """Measures one piece of work in all programs, which take turns; the numbers of each."""
-    if settings.kept_programs:
-        for program in programs:
-            _Worker(program, work, settings).close()
-    starts: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
-    for start in range(settings.starts):
-        with contextlib.ExitStack() as stack:
-            workers = {program: stack.enter_context(_Worker(program, work, settings)) for program in programs}
-            times: dict[str, list[float]] = {program: [] for program in programs}
-            for _ in range(settings.rounds):
-                for program, worker in workers.items():
-                    times[program].append(1e3 * worker.ask("round") / settings.steps)
+def _measure_start(work: str, programs: list[str], settings: Settings, profiled: bool) -> dict[str, dict[str, Any]]:
+    """Starts all programs on a piece of work, which then take turns; each one's rounds in ms a step, peak and more."""
+    with contextlib.ExitStack() as stack:
+        workers = {program: stack.enter_context(_Worker(program, work, settings)) for program in programs}
+        times: dict[str, list[float]] = {program: [] for program in programs}
+        for _ in range(settings.rounds):
             for program, worker in workers.items():
-                starts[program].append({"ms": times[program], "peak_mib": worker.ask("peak"), **worker.machine})
-            if settings.profile and start == 0:
-                workers["jaxseg"].ask("profile")
-    return {program: _numbers(starts[program], starts["jaxseg"][0]["gflop_per_image"], settings) for program in starts}
+                times[program].append(1e3 * worker.ask("round") / settings.steps)
+        start = {
+            program: {"ms": times[program], "peak_mib": worker.ask("peak"), **worker.machine}
+            for program, worker in workers.items()
+        }
+        if settings.profile and profiled:
+            workers["jaxseg"].ask("profile")
+    return start
 
 
-def _numbers(starts: list[dict[str, Any]], gflop_per_image: float, settings: Settings) -> dict[str, Any]:
+def _numbers(starts: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     """A program's row: of all its starts' rounds, the medians of what each start has one of, and each start's."""
     times = [ms for start in starts for ms in start["ms"]]
     ms = statistics.median(times)
@@ -212,7 +226,7 @@ def _numbers(starts: list[dict[str, Any]], gflop_per_image: float, settings: Set
         "images_per_s": 1e3 * settings.batch_size / ms,
         "peak_mib": statistics.median(start["peak_mib"] for start in starts),
         "start_s": statistics.median(start["start_s"] for start in starts),
-        "gflop_per_image": gflop_per_image,
+        "gflop_per_image": starts[0]["gflop_per_image"],
         "starts": starts,
     }
 

@@ -51,19 +51,20 @@ class _Program:
     """In a worker's place: its rounds take 0, 1, 4, 9, ... seconds; the class knows who lives, and what was asked."""
 
     alive: ClassVar[list["_Program"]] = []
-    started: ClassVar[list[str]] = []
-    asked: ClassVar[list[tuple[str, str]]] = []
+    started: ClassVar[list[tuple[str, str]]] = []
+    asked: ClassVar[list[tuple[str, str, str]]] = []
 
     def __init__(self, program, work, settings):
-        self.program = program
-        self.started.append(program)
+        self.program, self.work = program, work
         self.alive.append(self)
-        self.machine = {"start_s": len(self.started), "gflop_per_image": 7.0 if program == "jaxseg" else None}
+        self.machine = {"start_s": sum(one[1] == work for one in self.started), "gflop_per_image": 7.0}
+        self.started.append((program, work))
 
     def ask(self, question):
-        number = self.asked.count((self.program, question))
-        self.asked.append((self.program, question))
-        return 100 * 2**number if question == "peak" else number**2
+        question = (self.program, self.work, question)
+        number = self.asked.count(question)
+        self.asked.append(question)
+        return 100 * 2**number if question[2] == "peak" else number**2
 
     def close(self):
         self.alive.remove(self)
@@ -84,21 +85,39 @@ def programs(monkeypatch):
     return _Program
 
 
-def test_the_times_of_all_starts_are_pooled(programs, tmp_path):
-    """Both programs are started four times, the first time not measured."""
+def _measure(settings, *works):
+    results = {"peak_gflops": 100.0, "work": {}}
+    benchmark._measure_works(works, ["jaxseg", "torch eager"], settings, results)
+    return results["work"]
+
+
+def test_the_times_of_all_starts_are_pooled(programs, tmp_path, capsys):
+    """All programs are started four times, the first time not measured, and no work again before the other."""
     settings = benchmark.Settings(starts=3, rounds=2, steps=2, kept_programs=True, profile=tmp_path)
-    rows = benchmark._measure_work("stage2", ["jaxseg", "torch eager"], settings)
-    assert programs.started == ["jaxseg", "torch eager"] * 4 and not programs.alive
-    assert list(rows) == ["jaxseg", "torch eager"]
+    found = _measure(settings, "stage2", "inference")
+    turns = [(program, work) for work in ("stage2", "inference") for program in ("jaxseg", "torch eager")]
+    assert programs.started == turns * 4 and not programs.alive
     # 0, 1, 4, 9, 16 and 25 seconds for two steps of four images.
-    for row, start in ((rows["jaxseg"], 5), (rows["torch eager"], 6)):
-        assert (row["ms_min"], row["ms"], row["ms_max"]) == (0, 3250, 12500)
-        assert (row["start_s"], row["peak_mib"], row["gflop_per_image"]) == (start, 200, 7)
-        np.testing.assert_allclose(row["images_per_s"], 4 / 3.25)
-        assert [one["ms"] for one in row["starts"]] == [[0, 500], [2000, 4500], [8000, 12500]]
-    # Once, and when the peak of its start is known.
-    of_jaxseg = [question for program, question in programs.asked if program == "jaxseg"]
-    assert of_jaxseg == ["round", "round", "peak", "profile", *2 * ["round", "round", "peak"]]
+    for work, rows in found.items():
+        assert list(rows) == ["jaxseg", "torch eager"]
+        for row, start in ((rows["jaxseg"], 4), (rows["torch eager"], 5)):
+            assert (row["ms_min"], row["ms"], row["ms_max"]) == (0, 3250, 12500)
+            assert (row["start_s"], row["peak_mib"], row["gflop_per_image"]) == (start, 200, 7)
+            np.testing.assert_allclose(row["images_per_s"], 4 / 3.25)
+            assert [one["ms"] for one in row["starts"]] == [[0, 500], [2000, 4500], [8000, 12500]]
+        # Once, and when the peak of its start is known.
+        of_jaxseg = [question for *whose, question in programs.asked if whose == ["jaxseg", work]]
+        assert of_jaxseg == ["round", "round", "peak", "profile", *2 * ["round", "round", "peak"]]
+    table = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert table[1:5] == [[work, *program.split()][:3] + ["1.2"] * (program == "jaxseg") for program, work in turns]
+
+
+def test_features_computed_once_are_measured_without_others(programs):
+    found = _measure(benchmark.Settings(), "stage1-cached", "stage2")
+    assert {work: list(rows) for work, rows in found.items()} == {
+        "stage1-cached": ["jaxseg"],
+        "stage2": ["jaxseg", "torch eager"],
+    }
 
 
 def test_only_what_takes_turns_lives_at_a_time(programs, monkeypatch):
@@ -110,11 +129,11 @@ def test_only_what_takes_turns_lives_at_a_time(programs, monkeypatch):
 
     monkeypatch.setattr(programs, "ask", ask_and_count)
     settings = benchmark.Settings(starts=2, kept_programs=True)
-    benchmark._measure_work("stage2", ["jaxseg", "torch eager"], settings)
+    _measure(settings, "stage2", "inference")
     assert set(living) == {2} and not programs.alive
     monkeypatch.setattr(programs, "ask", lambda self, question: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        benchmark._measure_work("stage2", ["jaxseg", "torch eager"], settings)
+        _measure(settings, "stage2")
     assert not programs.alive
 
 
