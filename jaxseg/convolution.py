@@ -270,6 +270,11 @@ def _kernel_to_blocks(kernel: jax.Array) -> jax.Array:
     return taps.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, channels, 4 * features)
 
 
+def _kernel_to_blocks_once(kernel: jax.Array) -> jax.Array:
+    """`_kernel_to_blocks`, written to memory once; otherwise XLA moves the taps again in each sum of Winograd's."""
+    return copies(_kernel_to_blocks, [kernel])[0]
+
+
 def _kernel_from_blocks(blocks: jax.Array) -> jax.Array:
     """The inverse of `_kernel_to_blocks`."""
     channels, features = blocks.shape[2], blocks.shape[3] // 4
@@ -320,7 +325,7 @@ def _conv_transpose_on_cpu(
 ) -> jax.Array:
     channels, features = kernel.shape[2:]
     if winograd_pays(x, (2, 2, channels, 4 * features), 1, 1):
-        return from_blocks(winograd(x, _kernel_to_blocks(kernel), 1, 1))
+        return from_blocks(winograd(x, _kernel_to_blocks_once(kernel), 1, 1))
     # Of so many channels the kernel is what takes long to lay anew. On a map smaller than the kernel XLA's own takes
     # twenty times longer; nor may the size be known, in a program that is exported.
     has_room = all(
@@ -342,7 +347,7 @@ def _transposed_input_grad_on_cpu(g: jax.Array, kernel: jax.Array) -> jax.Array:
     blocks = jax.ShapeDtypeStruct((n, height // 2 + 1, width // 2 + 1, 4 * features), g.dtype)
     # With fewer channels laying g in blocks takes what is won.
     if channels >= 128 and winograd_pays(blocks, (2, 2, channels, 4 * features), 1, 0):
-        return winograd_input_grad(_to_blocks(g), _kernel_to_blocks(kernel), 1)
+        return winograd_input_grad(_to_blocks(g), _kernel_to_blocks_once(kernel), 1)
     return _plain_conv(g, _turn(kernel), 2, 1)
 
 
