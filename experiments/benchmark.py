@@ -22,6 +22,8 @@ from experiments.memory import give_back_freed_memory, give_back_what_compiling_
 _STATUS = pathlib.Path("/proc/self/status")
 # In training there are no pauses, after which the memory that a step gave back is slow to come again, for some steps.
 _STEPS_AFTER_A_PAUSE = 3
+# Of the table.
+_LINE = "{:<13} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Settings:
     starts: int = 1
     """How often all programs are started anew (but not for loading or the breakdown), each piece of work once before
     any again: where its memory comes to lie can make some percent of a difference for as long as a process lives, and
-    the machine can have slow spells. Times are pooled; of starting and of the peak it is the median."""
+    of three starts or more the median leaves a slow spell of the machine out. Times are pooled; of starting and of the
+    peak it is the median."""
     kept_programs: bool = False
     """Keep jaxseg's compiled programs where training commands keep them, and measure as those run from their second
     start on, which starts sooner and on a CPU needs less memory; torch.compile keeps its own by default, anyway. All
@@ -98,6 +101,9 @@ def check(settings: Settings) -> None:
         raise ValueError("--work stage1-cached is for the baseline: the improved model rotates its images")
     if not settings.work:
         raise ValueError("--work names nothing to measure")
+    for option in ("work", "torch_forms"):
+        if twice := [name for name in getattr(settings, option) if getattr(settings, option).count(name) > 1]:
+            raise ValueError(f"--{option.replace('_', '-')} names {twice[0]} twice")
     if settings.torch_forms != Settings.torch_forms and settings.against != "torch":
         raise ValueError("--torch-forms is for --against torch: add that")
     if settings.json and not settings.json.parent.is_dir():
@@ -138,41 +144,44 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _measure_works(works: Sequence[str], programs: list[str], settings: Settings, results: dict[str, Any]) -> None:
-    """Measures pieces of work, printing a table as it grows; the numbers go to `results["work"]`.
+    """Measures pieces of work, printing each one's rows after its last start; the numbers go to `results["work"]`.
 
-    All pieces are started once before any is started again, so that a slow spell of the machine falls on several.
+    All pieces are started once before any is started again, so that a slow spell of the machine falls on a part of
+    several, and not on all of one.
     """
     from tqdm import tqdm
 
-    line = "{:<13} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
-    print(line.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "share", "MiB", "ratio"))
+    print(_LINE.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "share", "MiB", "ratio"))
     turns = {work: programs[:1] if work == "stage1-cached" else programs for work in works}
-    if settings.kept_programs:
-        for work, takers in turns.items():
-            for program in takers:
-                _Worker(program, work, settings).close()
     starts: dict[str, list[dict[str, Any]]] = {work: [] for work in turns}
-    with tqdm(total=settings.starts * len(turns), desc="starts", leave=False, disable=None) as bar:
-        for start, work in itertools.product(range(settings.starts), turns):
-            starts[work].append(_measure_start(work, turns[work], settings, profiled=start == 0))
+    passes = settings.starts + settings.kept_programs
+    with tqdm(total=passes * len(turns), unit="start", leave=False, disable=None) as bar:
+        for number, (work, takers) in itertools.product(range(passes), turns.items()):
+            bar.set_description(work)
+            if settings.kept_programs and number == 0:
+                for program in takers:
+                    _Worker(program, work, settings).close()
+            else:
+                starts[work].append(_measure_start(work, takers, settings, profiled=not starts[work]))
+            if len(starts[work]) == settings.starts:
+                rows = _rows(starts[work], settings, results["peak_gflops"])
+                results["work"][work] = rows
+                with bar.external_write_mode():
+                    _print_rows(work, rows)
             bar.update()
-            if start + 1 < settings.starts:
-                continue
-            rows = {program: _numbers([one[program] for one in starts[work]], settings) for program in turns[work]}
-            results["work"][work] = rows
-            for program, row in rows.items():
-                gflops = row["gflop_per_image"] * row["images_per_s"]
-                row["gflops"], row["share_of_peak"] = gflops, gflops / results["peak_gflops"]
-                row["ratio"] = rows["jaxseg"]["ms"] / row["ms"]
-                spread = f"{row['ms']:.1f} ({row['ms_min']:.1f}-{row['ms_max']:.1f})"
-                numbers = [f"{row['images_per_s']:.1f}", spread, f"{row['start_s']:.1f}", f"{gflops:.0f}"]
-                numbers += [f"{row['share_of_peak']:.0%}", f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
-                tqdm.write(line.format(work, program, *numbers))
     print(
         "ms/step: median (least-most) of all rounds; start: to the end of the first step; share: of the matrix"
         " product's speed; MiB: the process' peak memory in the rounds, on macOS and on a GPU since it started; start"
         " and MiB of several starts: the median; ratio: jaxseg's ms/step divided by the row's"
     )
+
+
+def _print_rows(work: str, rows: dict[str, dict[str, Any]]) -> None:
+    for program, row in rows.items():
+        spread = f"{row['ms']:.1f} ({row['ms_min']:.1f}-{row['ms_max']:.1f})"
+        numbers = [f"{row['images_per_s']:.1f}", spread, f"{row['start_s']:.1f}", f"{row['gflops']:.0f}"]
+        numbers += [f"{row['share_of_peak']:.0%}", f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
+        print(_LINE.format(work, program, *numbers), flush=True)
 
 
 def print_loading(rows: list[dict[str, Any]]) -> None:
@@ -215,20 +224,27 @@ def _measure_start(work: str, programs: list[str], settings: Settings, profiled:
     return start
 
 
-def _numbers(starts: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """A program's row: of all its starts' rounds, the medians of what each start has one of, and each start's."""
-    times = [ms for start in starts for ms in start["ms"]]
-    ms = statistics.median(times)
-    return {
-        "ms": ms,
-        "ms_min": min(times),
-        "ms_max": max(times),
-        "images_per_s": 1e3 * settings.batch_size / ms,
-        "peak_mib": statistics.median(start["peak_mib"] for start in starts),
-        "start_s": statistics.median(start["start_s"] for start in starts),
-        "gflop_per_image": starts[0]["gflop_per_image"],
-        "starts": starts,
-    }
+def _rows(starts: list[dict[str, dict[str, Any]]], settings: Settings, peak_gflops: float) -> dict[str, dict[str, Any]]:
+    """The programs' rows: of all starts' rounds, the medians of what each start has one of, and each start's."""
+    rows = {}
+    for program in starts[0]:
+        its = [start[program] for start in starts]
+        times = [ms for start in its for ms in start["ms"]]
+        ms, gflop_per_image = statistics.median(times), its[0]["gflop_per_image"]
+        images_per_s = 1e3 * settings.batch_size / ms
+        rows[program] = {
+            "ms": ms,
+            "ms_min": min(times),
+            "ms_max": max(times),
+            "images_per_s": images_per_s,
+            "peak_mib": statistics.median(start["peak_mib"] for start in its),
+            "start_s": statistics.median(start["start_s"] for start in its),
+            "gflop_per_image": gflop_per_image,
+            "gflops": gflop_per_image * images_per_s,
+            "share_of_peak": gflop_per_image * images_per_s / peak_gflops,
+            "starts": its,
+        }
+    return {program: row | {"ratio": rows["jaxseg"]["ms"] / row["ms"]} for program, row in rows.items()}
 
 
 class _Worker:

@@ -271,7 +271,7 @@ def _kernel_to_blocks(kernel: jax.Array) -> jax.Array:
 
 
 def _kernel_to_blocks_once(kernel: jax.Array) -> jax.Array:
-    """`_kernel_to_blocks`, written to memory once; otherwise XLA moves the taps again in each sum of Winograd's."""
+    """`_kernel_to_blocks`, written to memory once; otherwise XLA moves the taps again in each of Winograd's sums."""
     return copies(_kernel_to_blocks, [kernel])[0]
 
 

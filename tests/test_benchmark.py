@@ -109,11 +109,17 @@ def test_the_times_of_all_starts_are_pooled(programs, tmp_path, capsys):
         of_jaxseg = [question for *whose, question in programs.asked if whose == ["jaxseg", work]]
         assert of_jaxseg == ["round", "round", "peak", "profile", *2 * ["round", "round", "peak"]]
     table = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
-    assert table[1:5] == [[work, *program.split()][:3] + ["1.2"] * (program == "jaxseg") for program, work in turns]
+    assert table[1:5] == [
+        ["stage2", "jaxseg", "1.2"],
+        ["stage2", "torch", "eager"],
+        ["inference", "jaxseg", "1.2"],
+        ["inference", "torch", "eager"],
+    ]
 
 
 def test_features_computed_once_are_measured_without_others(programs):
-    found = _measure(benchmark.Settings(), "stage1-cached", "stage2")
+    found = _measure(benchmark.Settings(starts=2, kept_programs=True), "stage1-cached", "stage2")
+    assert ("torch eager", "stage1-cached") not in programs.started
     assert {work: list(rows) for work, rows in found.items()} == {
         "stage1-cached": ["jaxseg"],
         "stage2": ["jaxseg", "torch eager"],
@@ -211,6 +217,8 @@ def test_the_breakdown_has_every_layer_and_sums_them(capsys):
         (["--steps", "0"], "--steps"),
         (["--starts", "0"], "--starts"),
         (["--work"], "nothing to measure"),
+        (["--work", "stage1", "inference", "stage1"], "--work names stage1 twice"),
+        (["--against", "torch", "--torch-forms", "bf16", "bf16"], "--torch-forms names bf16 twice"),
         (["--torch-forms", "compile"], "--against torch"),
         (["--image-size", "4", "32"], "8 or more"),
         (["--model", "improved", "--work", "stage1-cached"], "for the baseline"),

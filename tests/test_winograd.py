@@ -121,11 +121,15 @@ TRANSPOSED = [
 
 
 @pytest.mark.parametrize(("case", "expected"), TRANSPOSED, ids=str)
-def test_transposed_convolutions_in_this_form_equal_laxs(case, expected, called):
+def test_transposed_convolutions_in_this_form_equal_laxs(case, expected, called, monkeypatch):
+    """Forward and for the input's gradient their kernel is laid as blocks once, before the sums."""
     channels, features = case[3:]
+    laid, copies = [], convolution.copies
+    monkeypatch.setattr(convolution, "copies", lambda change, arrays: laid.append(change) or copies(change, arrays))
     x, kernel = normal(1, case[:4]), normal(2, (4, 4, channels, features))
     got = value_and_gradients(lambda *arguments: conv_transpose(*arguments), x, kernel)
     assert called == [name for name, taken in zip(WAYS, expected, strict=True) if taken]
+    assert laid.count(convolution._kernel_to_blocks) == sum(expected[:2])
 
     def plain(x, kernel):
         return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
