@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -20,10 +21,11 @@ import tyro
 from experiments.memory import give_back_freed_memory, give_back_what_compiling_took, keep_freed_memory
 
 _STATUS = pathlib.Path("/proc/self/status")
+_PROCESSOR = pathlib.Path("/proc/cpuinfo")
 # In training there are no pauses, after which the memory that a step gave back is slow to come again, for some steps.
 _STEPS_AFTER_A_PAUSE = 3
 # Of the table.
-_LINE = "{:<13} {:<14} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
+_LINE = "{:<13} {:<18} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Settings:
     """Read the batches from JPEG files (made for it, in a temporary folder) instead of giving the same one again."""
     against: Literal["nothing", "torch"] = "nothing"
     """Do the same in PyTorch, in turns, and print ratios of the times; torch must be installed."""
-    torch_forms: tuple[Literal["eager", "compile", "bf16"], ...] = ("eager",)
-    """How PyTorch does it: eager, torch.compile, or eager under bf16 autocast; always channels_last."""
+    torch_forms: tuple[Literal["eager", "compile", "bf16", "compile-bf16"], ...] = ("eager",)
+    """How PyTorch does it: eager, torch.compile, or these under bf16 autocast; always channels_last."""
     starts: int = 1
     """How often all programs are started anew (but not for loading or the breakdown), each piece of work once before
     any again: where its memory comes to lie can make some percent of a difference for as long as a process lives, and
@@ -124,6 +126,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         programs += [f"torch {form}" for form in settings.torch_forms]
     with _Worker("jaxseg", "peak", settings) as worker:
         results: dict[str, Any] = {"settings": _as_json(settings), **worker.machine, "work": {}}
+    if settings.against == "torch":
+        results["versions"] += f", torch {importlib.metadata.version('torch')}"
     print(f"{results['device']}, {results['versions']}; matrix product {results['peak_gflops']:.0f} GFLOP/s")
     print(f"{settings.model}, {settings.encoder}, {settings.image_size[0]}x{settings.image_size[1]},", end=" ")
     loads = "loader included" if settings.loader else "loader not included"
@@ -286,6 +290,8 @@ class _Worker:
 def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
     """A worker's whole life: answers, then rounds until the pipe is closed."""
     keep_freed_memory()
+    # On a GPU the programs share its memory: JAX must not take most of it at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if program == "jaxseg" and work == "loading":
         from experiments.loading import measure_loading
 
@@ -406,10 +412,18 @@ def _describe_machine() -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     devices = jax.local_devices()
     return {
-        "device": f"{len(devices)} {devices[0].device_kind} ({os.cpu_count()} cores)",
+        "device": f"{len(devices)} {_name(devices[0].device_kind)} ({os.cpu_count()} cores)",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}",
         "peak_gflops": 2 * side**3 / min(seconds) / 1e9,
     }
+
+
+def _name(kind: str) -> str:
+    """What JAX calls a device; a processor it only calls "cpu", and Linux knows more."""
+    if kind != "cpu" or not _PROCESSOR.exists():
+        return kind
+    match = re.search(r"^model name\s*: (.+)$", _PROCESSOR.read_text(), re.MULTILINE)
+    return match[1] if match else kind
 
 
 def _break_down(load: Any, settings: Settings) -> list[dict[str, Any]]:

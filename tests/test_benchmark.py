@@ -91,6 +91,17 @@ def _measure(settings, *works):
     return results["work"]
 
 
+def test_the_processor_is_named(monkeypatch, tmp_path):
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel name\t: A Fast One @ 3 GHz\n\nprocessor\t: 1\nmodel name\t: Another\n")
+    monkeypatch.setattr(benchmark, "_PROCESSOR", path)
+    assert (benchmark._name("cpu"), benchmark._name("NVIDIA H200")) == ("A Fast One @ 3 GHz", "NVIDIA H200")
+    path.write_text("processor\t: 0\n")
+    assert benchmark._name("cpu") == "cpu"
+    path.unlink()
+    assert benchmark._name("cpu") == "cpu"
+
+
 def test_the_times_of_all_starts_are_pooled(programs, tmp_path, capsys):
     """All programs are started four times, the first time not measured, and no work again before the other."""
     settings = benchmark.Settings(starts=3, rounds=2, steps=2, kept_programs=True, profile=tmp_path)

@@ -25,7 +25,7 @@ def rotate(image: torch.Tensor, label: torch.Tensor, max_degrees: float):
 
 
 def prepare(work: str, load: Load, batches: Iterator, form: str) -> Callable[[int], None]:
-    """As `experiments.works.prepare`; form is 'eager', 'compile' or 'bf16'."""
+    """As `experiments.works.prepare`; form is 'eager', 'compile', 'bf16' or 'compile-bf16'."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -39,10 +39,10 @@ def prepare(work: str, load: Load, batches: Iterator, form: str) -> Callable[[in
     model.train(work in ("stage1", "stage2"))
     if freeze:
         model.encoder.eval()
-    call = torch.compile(model) if form == "compile" else model
+    call = torch.compile(model) if form.startswith("compile") else model
 
     def cast():
-        return torch.autocast(device.type, torch.bfloat16) if form == "bf16" else contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16) if form.endswith("bf16") else contextlib.nullcontext()
 
     def on_device(array):
         return torch.from_numpy(array).to(device, non_blocking=True)
