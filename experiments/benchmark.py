@@ -59,7 +59,7 @@ class Settings:
     starts: int = 1
     """How often all programs are started anew (but not for loading or the breakdown), each piece of work once before
     any again: where its memory comes to lie can make some percent of a difference for as long as a process lives, and
-    of three starts or more the median leaves a slow spell of the machine out. Times are pooled; of starting and of the
+    of three starts or more the median leaves a short slow spell out. Times are pooled; of starting and of the
     peak it is the median."""
     kept_programs: bool = False
     """Keep jaxseg's compiled programs where training commands keep them, and measure as those run from their second
