@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxseg.convolution import conv, conv_transpose
+from jaxseg.devices import mean_over_devices
 
 # An output pixel of a k4 s2 transposed convolution sees 2x2 of the 16 taps; Flax's own initialisers count all 16.
 _TAPS = 4
@@ -123,10 +124,6 @@ def _scale(x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, 
     return (x - mean) * (inverse * scale) + bias
 
 
-def _mean_over_devices(x: jax.Array, axis_name: str | None) -> jax.Array:
-    return x if axis_name is None else jax.lax.pmean(x, axis_name)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _normalise(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis_name: str | None
@@ -137,7 +134,7 @@ def _normalise(
 
 def _normalise_forward(x, scale, bias, epsilon, axis_name):
     axes, wide = tuple(range(x.ndim - 1)), jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-    mean, square = _mean_over_devices(jnp.stack([wide.mean(axes), (wide * wide).mean(axes)]), axis_name)
+    mean, square = mean_over_devices(jnp.stack([wide.mean(axes), (wide * wide).mean(axes)]), axis_name)
     # Rounding can make the difference negative.
     var = jnp.maximum(0.0, square - mean * mean)
     inverse = jax.lax.rsqrt(var + epsilon)
@@ -152,7 +149,7 @@ def _normalise_backward(epsilon, axis_name, residuals, grads):
     zero = 0 * g[(0,) * g.ndim]
     normalised = (x.astype(g.dtype) - (mean + zero)) * inverse
     bias_grad, scale_grad = g.sum(axes), (g * normalised).sum(axes)
-    bias_mean, scale_mean = _mean_over_devices(jnp.stack([bias_grad, scale_grad]) / count, axis_name)
+    bias_mean, scale_mean = mean_over_devices(jnp.stack([bias_grad, scale_grad]) / count, axis_name)
     x_grad = (scale * inverse) * (g - bias_mean - normalised * scale_mean)
     return x_grad.astype(x.dtype), scale_grad.astype(scale.dtype), bias_grad.astype(scale.dtype)
 

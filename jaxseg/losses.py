@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxseg.devices import mean_over_devices
+
 
 def pixel_cross_entropy(
     logits: jnp.ndarray,
@@ -47,8 +49,7 @@ def pixel_cross_entropy(
             raise ValueError(f"class_weights must be {num_classes} finite numbers above 0, not {class_weights}")
         weight = jnp.array(class_weights, jnp.float32)[jnp.where(valid, label, 0).astype(jnp.int32)]
         cross_entropy, count = weight * cross_entropy, jnp.where(valid, weight, 0.0).sum()
-    if axis_name is not None:
-        count = jax.lax.pmean(count, axis_name)
+    count = mean_over_devices(count, axis_name)
     return jnp.where(valid, cross_entropy, 0.0).sum() / jnp.where(count > 0, count, 1.0)
 
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxseg.augment import random_flip, random_jitter, random_rotate
 from jaxseg.boundary import boundary_confusion, boundary_width
 from jaxseg.cpu import compiler_options
+from jaxseg.devices import mean_over_devices
 from jaxseg.enlarge import enlarge
 from jaxseg.losses import pixel_cross_entropy
 from jaxseg.metrics import confusion_matrix, mean_iou
@@ -192,9 +193,7 @@ def train_step(
         return loss, updates["batch_stats"]
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    # The mean over a single device is a copy of all gradients.
-    if axis_name is not None and jax.lax.psum(1, axis_name) > 1:
-        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+    loss, grads = mean_over_devices((loss, grads), axis_name)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, batch_stats, opt_state), {"loss": loss}

@@ -10,7 +10,8 @@ ALLOWED = {
     "jaxseg.augment": {"jaxseg.data.canvases"},
     "jaxseg.convolution": {"jaxseg.cpu", "jaxseg.winograd"},
     "jaxseg.winograd": {"jaxseg.cpu"},
-    "jaxseg.layers": {"jaxseg.convolution"},
+    "jaxseg.layers": {"jaxseg.convolution", "jaxseg.devices"},
+    "jaxseg.losses": {"jaxseg.devices"},
     "jaxseg.resnet": {"jaxseg.layers"},
     "jaxseg.segmenter": {"jaxseg.layers"},
     "jaxseg.misfit": {"jaxseg.resnet"},
@@ -29,7 +30,9 @@ ALLOWED = {
     "jaxseg.log": {"jaxseg.files"},
     "jaxseg.manner": {"jaxseg.data.canvases", "jaxseg.data.loader"},
     "jaxseg.plots.page": {"jaxseg.files"},
-    "jaxseg.train": {f"jaxseg.{name}" for name in ("augment", "boundary", "cpu", "enlarge", "losses", "metrics")},
+    "jaxseg.train": {
+        f"jaxseg.{name}" for name in ("augment", "boundary", "cpu", "devices", "enlarge", "losses", "metrics")
+    },
     "jaxseg.plots.__init__": {
         f"jaxseg.plots.{name}"
         for name in ("architecture", "comparison", "confusion", "contact", "curves", "filtering", "page")
