@@ -26,6 +26,11 @@ _PROCESSOR = pathlib.Path("/proc/cpuinfo")
 _STEPS_AFTER_A_PAUSE = 3
 # Of the table.
 _LINE = "{:<13} {:<18} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
+_LEGEND = (
+    "ms/step: median (least-most) of all rounds; start: to the end of the first step; share: of the matrix"
+    " product's speed; MiB: the process' peak memory in the rounds, on macOS and on a GPU since it started; start"
+    " and MiB of several starts: the median; ratio: jaxseg's ms/step divided by the row's"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +156,8 @@ def _measure_works(works: Sequence[str], programs: list[str], settings: Settings
     """Measures pieces of work, printing each one's rows after its last start; the numbers go to `results["work"]`.
 
     All pieces are started once before any is started again, so that a slow spell of the machine falls on a part of
-    several, and not on all of one.
+    several, and not on all of one. If a program fails, or somebody breaks off, the rows of the starts until then are
+    printed, and go nowhere.
     """
     from tqdm import tqdm
 
@@ -159,25 +165,34 @@ def _measure_works(works: Sequence[str], programs: list[str], settings: Settings
     turns = {work: programs[:1] if work == "stage1-cached" else programs for work in works}
     starts: dict[str, list[dict[str, Any]]] = {work: [] for work in turns}
     passes = settings.starts + settings.kept_programs
-    with tqdm(total=passes * len(turns), unit="start", leave=False, disable=None) as bar:
-        for number, (work, takers) in itertools.product(range(passes), turns.items()):
-            bar.set_description(work)
-            if settings.kept_programs and number == 0:
-                for program in takers:
-                    _Worker(program, work, settings).close()
-            else:
-                starts[work].append(_measure_start(work, takers, settings, profiled=not starts[work]))
-            if len(starts[work]) == settings.starts:
-                rows = _rows(starts[work], settings, results["peak_gflops"])
-                results["work"][work] = rows
-                with bar.external_write_mode():
-                    _print_rows(work, rows)
-            bar.update()
-    print(
-        "ms/step: median (least-most) of all rounds; start: to the end of the first step; share: of the matrix"
-        " product's speed; MiB: the process' peak memory in the rounds, on macOS and on a GPU since it started; start"
-        " and MiB of several starts: the median; ratio: jaxseg's ms/step divided by the row's"
-    )
+    try:
+        with tqdm(total=passes * len(turns), unit="start", leave=False, disable=None) as bar:
+            for number, (work, takers) in itertools.product(range(passes), turns.items()):
+                bar.set_description(work)
+                if settings.kept_programs and number == 0:
+                    for program in takers:
+                        _Worker(program, work, settings).close()
+                else:
+                    starts[work].append(_measure_start(work, takers, settings, profiled=not starts[work]))
+                if len(starts[work]) == settings.starts:
+                    rows = _rows(starts[work], settings, results["peak_gflops"])
+                    results["work"][work] = rows
+                    with bar.external_write_mode():
+                        _print_rows(work, rows)
+                bar.update()
+    finally:
+        _print_unfinished({work: starts[work] for work in turns if work not in results["work"]}, settings, results)
+    print(_LEGEND)
+
+
+def _print_unfinished(starts: dict[str, list[dict[str, Any]]], settings: Settings, results: dict[str, Any]) -> None:
+    """Prints what was measured of these pieces of work before a program failed, or somebody broke off."""
+    for work, done in starts.items():
+        if done:
+            print(f"after {len(done)} of {settings.starts} starts:")
+            _print_rows(work, _rows(done, settings, results["peak_gflops"]))
+    if any(starts.values()):
+        print(_LEGEND)
 
 
 def _print_rows(work: str, rows: dict[str, dict[str, Any]]) -> None:

@@ -10,10 +10,11 @@ Tree = TypeVar("Tree")
 def mean_over_devices(tree: Tree, axis_name: str | None) -> Tree:
     """The mean of each array over a named axis; over no axis, or one of a single device, the arrays themselves.
 
-    There XLA would still copy them, and wait for a meeting of one: in a training step with batch norm some fifty times.
+    Over a single device XLA's CPU backend would still copy them and wait for a meeting of one: with a ResNet-18 more
+    than forty times in a step of the improved model's stage 2.
 
     Args:
-      tree: of arrays.
+      tree: of float arrays.
       axis_name: of the axis, or None.
     """
     if axis_name is None or jax.lax.axis_size(axis_name) == 1:

@@ -20,7 +20,7 @@ def pixel_cross_entropy(
 
     Under a pmap, each device's value is its own pixels' sum divided by the *mean* number of valid pixels per device (or
     sum of their weights), so that the mean of the values over devices, and of their gradients, is that of the global
-    batch, however unevenly the ignored pixels lie. Take `jax.lax.pmean` of both.
+    batch, however unevenly the ignored pixels lie. Take `mean_over_devices` of both.
 
     Args:
       logits: (N, H, W, C) float; computed in float32.

@@ -154,6 +154,28 @@ def test_only_what_takes_turns_lives_at_a_time(programs, monkeypatch):
     assert not programs.alive
 
 
+def test_what_was_measured_before_a_failure_is_printed(programs, monkeypatch, capsys):
+    ask = programs.ask
+
+    def fail_at_last(self, question):
+        if len(programs.started) == 2 * 2 * 3:
+            raise RuntimeError("no memory")
+        return ask(self, question)
+
+    monkeypatch.setattr(programs, "ask", fail_at_last)
+    with pytest.raises(RuntimeError, match="no memory"):
+        _measure(benchmark.Settings(starts=3, rounds=2, steps=2), "stage2", "inference")
+    table = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
+    # All starts of stage 2: 0, 1, 4, 9, 16 and 25 seconds for two steps; of inference the first four.
+    assert table[1:-1] == [
+        ["stage2", "jaxseg", "1.2", "3250.0", "(0.0-12500.0)"],
+        ["stage2", "torch", "eager", "1.2", "3250.0"],
+        ["after", "2", "of", "3", "starts:"],
+        ["inference", "jaxseg", "3.2", "1250.0", "(0.0-4500.0)"],
+        ["inference", "torch", "eager", "3.2", "1250.0"],
+    ]
+
+
 def test_programs_are_kept_if_asked_for(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

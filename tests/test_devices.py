@@ -1,4 +1,4 @@
-"""The mean over devices against NumPy's, and that a single device, whose mean it is, waits for nothing."""
+"""The mean over devices against NumPy's, and that a single device waits for nothing."""
 
 import functools
 
