@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.memory import give_back_freed_memory, give_back_what_compiling_took, keep_freed_memory
+from experiments.memory import give_back_what_compiling_took, keep_freed_memory
+from jaxseg.memory import give_back_freed_memory
 
 _STATUS = pathlib.Path("/proc/self/status")
 _PROCESSOR = pathlib.Path("/proc/cpuinfo")

@@ -1,12 +1,13 @@
 """How the process keeps its memory, and what it gives back."""
 
-import contextlib
 import ctypes
 import functools
 import os
 import pathlib
 import sys
 from typing import Any
+
+from jaxseg.memory import give_back_freed_memory
 
 # From glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -57,13 +58,6 @@ def give_back_what_compiling_took() -> None:
             give_back_freed_memory()
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-
-
-def give_back_freed_memory() -> None:
-    """Gives the system back what glibc keeps of freed memory; where the C library is another one nothing changes."""
-    # No glibc, or no such library on this system.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _has_huge_pages() -> bool:

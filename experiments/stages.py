@@ -236,7 +236,7 @@ def _make_optimizer(run: Run, number: int) -> tuple[optax.GradientTransformation
     stage, settings = run.stages[number], run.settings
     steps = stage.epochs * loader.steps_per_epoch(run.splits["train"], settings.batch_size)
     rate = optimizer.make_schedule(stage.schedule, stage.learning_rate, steps)
-    rates = np.broadcast_to(np.asarray(rate(np.arange(steps))), steps)
+    rates = np.broadcast_to(np.asarray(jax.jit(rate)(np.arange(steps))), steps)
     return optimizer.make_optimizer(rate, stage.freeze_encoder, settings.adam_b2, stage.encoder_rate), rates
 
 

@@ -103,7 +103,12 @@ def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
     Source: Lin et al. 2017, "Focal loss for dense object detection", 3.3, for the bias.
     """
     counts = np.asarray(counts, np.float64) + 1
-    head = {"kernel": params["head"]["kernel"] * scale, "bias": jnp.asarray(np.log(counts / counts.sum()), jnp.float32)}
+    return _start_at(params, jnp.asarray(np.log(counts / counts.sum()), jnp.float32), scale)
+
+
+@jax.jit
+def _start_at(params: Any, bias: jax.Array, scale: float) -> Any:
+    head = {"kernel": params["head"]["kernel"] * scale, "bias": bias}
     layers = {name: layer for name, layer in params.items() if name != "head"}
     centred = {name: {"kernel": _centre(layer["kernel"])} for name, layer in layers.items() if "kernel" in layer}
     return {**layers, **centred, "head": head}

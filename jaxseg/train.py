@@ -21,6 +21,7 @@ from jaxseg.cpu import compiler_options
 from jaxseg.devices import mean_over_devices
 from jaxseg.enlarge import enlarge
 from jaxseg.losses import pixel_cross_entropy
+from jaxseg.memory import reloaded
 from jaxseg.metrics import confusion_matrix, mean_iou
 
 AXIS = "batch"
@@ -274,7 +275,8 @@ def pmap_step(
     Args:
       step: a pure function whose outputs are equal on all devices, or, with `per_image`, one entry per image.
       devices: those of all processes that call it, process after process, and of each process equally many.
-      donate: the state's buffers are reused for the output; the caller's state is gone.
+      donate: the state's buffers are reused for the output; the caller's state is gone. Such a step, of training, is
+        only called with arguments of the shapes of its first call; see `jaxseg.memory.reloaded`.
       per_image: outputs keep the leading axes (devices, images per device).
       keyed: the step is `step(state, batch, key)`, the key the same on all devices.
 
@@ -298,7 +300,14 @@ def pmap_step(
     # With several processes a pmap converts its arrays on the host, which no jit around it can trace.
     if jax.process_count() > 1:
         return mapped
-    return jax.jit(mapped, donate_argnums=donated, compiler_options=compiler_options())
+
+    # One more function, of a name that people know, because pmap remembers its own for ever.
+    def call(*arguments: Any) -> Any:
+        return mapped(*arguments)
+
+    call.__name__ = getattr(getattr(step, "func", step), "__name__", "step")
+    jitted = jax.jit(call, donate_argnums=donated, compiler_options=compiler_options())
+    return reloaded(jitted, devices) if donate else jitted
 
 
 def all_devices() -> tuple[jax.Device, ...]:
@@ -350,9 +359,14 @@ def start_stage(
       devices: where the state goes.
       step: the updates made before the stage.
     """
-    params, batch_stats = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
-    state = TrainState(jnp.array(step, jnp.int32), params, batch_stats, tx.init(params))
-    return replicate(state, devices)
+
+    # One program: by itself every shape of a parameter would be one, several times.
+    @jax.jit
+    def begin(variables: Any, step: jax.Array) -> TrainState:
+        params, batch_stats = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
+        return TrainState(step, params, batch_stats, tx.init(params))
+
+    return replicate(begin(variables, jnp.array(step, jnp.int32)), devices)
 
 
 def run_stage(

@@ -42,7 +42,7 @@ def test_only_several_devices_wait_for_each_other_in_a_step(freeze, number, wait
     model = Segmenter(ResNet("resnet18", axis_name=train.AXIS), ImprovedDecoder(NUM_CLASSES, axis_name=train.AXIS))
     tx, devices = make_optimizer(1e-3, freeze), DEVICES[:number]
     step = functools.partial(train.train_step, model=model, tx=tx, freeze_encoder=freeze, axis_name=train.AXIS)
-    step = train.pmap_step(step, devices, donate=True, keyed=True)
+    step = train.pmap_step(step, devices, keyed=True)
 
     def start():
         variables = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))

@@ -31,7 +31,7 @@ ALLOWED = {
     "jaxseg.manner": {"jaxseg.data.canvases", "jaxseg.data.loader"},
     "jaxseg.plots.page": {"jaxseg.files"},
     "jaxseg.train": {
-        f"jaxseg.{name}" for name in ("augment", "boundary", "cpu", "devices", "enlarge", "losses", "metrics")
+        f"jaxseg.{name}" for name in ("augment", "boundary", "cpu", "devices", "enlarge", "losses", "memory", "metrics")
     },
     "jaxseg.plots.__init__": {
         f"jaxseg.plots.{name}"

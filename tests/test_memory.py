@@ -1,11 +1,19 @@
 """What is freed is not asked of the kernel again."""
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import serialize_executable
+
+from jaxseg import train
 
 CODE = """
 import resource, threading
@@ -96,3 +104,62 @@ def test_what_was_freed_is_given_back_after_compiling():
     # Of 200 MiB.
     assert given_back(seconds=0) > 150
     assert given_back(seconds=1e9) < 50
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """What was written down, once it was compiled: weak references."""
+    found, serialize = [], serialize_executable.serialize
+
+    def note(compiled):
+        found.append(weakref.ref(compiled._executable))
+        return serialize(compiled)
+
+    monkeypatch.setattr(serialize_executable, "serialize", note)
+    return found
+
+
+def three_updates(update, number, written):
+    """The state and the metrics after three updates on so many devices; of what was written down nothing is there."""
+    devices = jax.devices()[:number]
+    step = train.pmap_step(update, devices, donate=True, keyed=True)
+    key = train.replicate(jax.random.key(0), devices)
+    state = before = train.replicate({"sum": jnp.zeros(3)}, devices)
+    for batch in train.batches_on_devices([{"x": np.arange(12.0).reshape(4, 3)}] * 3, devices):
+        state, metrics = step(state, batch, key)
+    assert before["sum"].is_deleted()
+    gc.collect()
+    assert not any(executable() for executable in written)
+    return jax.device_get((state, metrics))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_training_step_is_loaded_and_what_was_compiled_is_gone(written, number):
+    def update(state, batch, key):
+        total = jax.lax.psum(batch["x"].sum(0), train.AXIS) + jax.random.randint(key, (), 5, 6)
+        return {"sum": state["sum"] + total}, {"loss": total.mean()}
+
+    state, metrics = three_updates(update, number, written)
+    np.testing.assert_array_equal(state["sum"], 3 * (np.arange(12.0).reshape(4, 3).sum(0) + 5))
+    assert metrics["loss"] == 27
+    assert len(written) == 1
+
+
+def test_a_training_step_that_was_kept_is_taken_as_it_is(written):
+    def make_update():
+        def update(state, batch, key):
+            return {"sum": state["sum"] + jnp.sin(batch["x"]).sum(0)}, {"loss": batch["x"].mean()}
+
+        return update
+
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        compiled = three_updates(make_update(), 1, written)
+        assert len(written) == 1
+        # As in another process: of this function nothing is known.
+        kept = three_updates(make_update(), 1, written)
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    assert len(written) == 1
+    jax.tree.map(np.testing.assert_array_equal, kept, compiled)
