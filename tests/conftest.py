@@ -12,6 +12,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# PyTorch's threads would wait for each other where several workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What one test compiled, the others and their subprocesses need not compile again; the workers inherit the folder.
 COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="jaxseg-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
@@ -42,6 +44,13 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"needs the folder {path} with CamVid and the ResNet-18 weights")
     return path
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Of several workers (`-n`), one that has nothing left to do takes over what another one has before it."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
 
 
 def pytest_unconfigure() -> None:

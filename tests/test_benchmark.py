@@ -4,6 +4,7 @@ import json
 import mmap
 import sys
 import time
+import types
 from typing import ClassVar
 
 import numpy as np
@@ -176,22 +177,34 @@ def test_what_was_measured_before_a_failure_is_printed(programs, monkeypatch, ca
     ]
 
 
-def test_programs_are_kept_if_asked_for(monkeypatch, tmp_path):
+def test_programs_are_kept_and_the_start_that_is_measured_takes_them(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = ["--image-size", "32", "32", "--work", "inference", "--rounds", "1", "--steps", "1"]
-
-    def kept():
-        return {path.name: path.read_bytes() for path in tmp_path.glob("jaxseg/compiled/*/*predict*")}
-
-    assert benchmark.main(options) == 0 and not kept()
     assert benchmark.main([*options, "--kept-programs"]) == 0
-    # The program, and when it was last taken from there: when the start that was measured began.
-    program, taken = sorted(kept(), key=lambda name: name.endswith("-atime"))
-    assert taken.endswith("-atime") and program.endswith("-cache")
-    before = kept()
-    assert benchmark.main([*options, "--kept-programs"]) == 0
-    assert kept()[program] == before[program] and kept()[taken] != before[taken]
+    # The program, and when it was last taken from there, in nanoseconds: by a later process.
+    program, taken = sorted(tmp_path.glob("jaxseg/compiled/*/*predict*"))
+    if program.name.endswith("-atime"):
+        program, taken = taken, program
+    assert taken.name.endswith("-atime") and program.name.endswith("-cache")
+    assert int.from_bytes(taken.read_bytes(), "little") - program.stat().st_mtime_ns > 10**9
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_programs_are_kept_only_if_asked_for(monkeypatch, asked):
+    """The worker is this process; it is stopped before any work."""
+    said, answers = [], []
+
+    def prepare(*_):
+        said.append("prepared")
+        raise ValueError("enough")
+
+    monkeypatch.setattr(benchmark, "give_back_what_compiling_took", lambda: None)
+    monkeypatch.setattr(benchmark, "_keep_programs", lambda: said.append("kept"))
+    monkeypatch.setattr(works, "prepare", prepare)
+    pipe = types.SimpleNamespace(send=answers.append)
+    benchmark._serve(pipe, "jaxseg", "inference", benchmark.Settings(kept_programs=asked))
+    assert said == ["kept"] * asked + ["prepared"] and "enough" in str(*answers)
 
 
 def test_loading_is_measured_in_turns_with_the_steps(monkeypatch, capsys):

@@ -80,8 +80,8 @@ def stop_when(argv, come, who, number):
 
 def test_two_processes_are_one_of_four_devices_and_go_on_after_one_is_killed(folder, tmp_path, monkeypatch):
     whole, together = tmp_path / "whole", tmp_path / "together"
-    codes, _, said = finish(start("tests.peers.small_run", [arguments(folder, whole)]))
-    assert codes == [0], said
+    monkeypatch.setattr(prepare, "ResNet", small_run.SmallEncoder)
+    assert small_run.main(arguments(folder, whole)) == 0  # of this process' four devices
     argv = arguments(folder, together)
     # A signal to one stops both, after the same update.
     codes, _, said = stop_when(argv, lambda: len(rows(together)) > 6, random.randrange(2), signal.SIGTERM)
@@ -102,7 +102,6 @@ def test_two_processes_are_one_of_four_devices_and_go_on_after_one_is_killed(fol
     assert [row["step"] for row in rows(together)] == [row["step"] for row in rows(whole)]
     losses = [[float(row["loss"]) for row in rows(workdir)] for workdir in (together, whole)]
     np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(prepare, "ResNet", small_run.SmallEncoder)
     states = [last_state(workdir) for workdir in (together, whole)]
     assert [int(state.step) for state in states] == [40, 40]
 
