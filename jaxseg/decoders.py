@@ -106,7 +106,7 @@ def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
     return _start_at(params, jnp.asarray(np.log(counts / counts.sum()), jnp.float32), scale)
 
 
-@jax.jit
+@jax.jit  # one program, not one for each operation and shape
 def _start_at(params: Any, bias: jax.Array, scale: float) -> Any:
     head = {"kernel": params["head"]["kernel"] * scale, "bias": bias}
     layers = {name: layer for name, layer in params.items() if name != "head"}

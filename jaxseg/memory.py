@@ -1,31 +1,39 @@
-"""What compiling leaves in a process' memory, and how to be rid of it; imports jax only where it compiles."""
+"""Giving freed memory back to the system, and what was compiled for a CPU in less of it; jax only where it compiles."""
 
 import contextlib
 import ctypes
 import gc
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_TAKEN_FROM_THE_KEPT = "/jax/compilation_cache/cache_hits"
+# JAX's own name for it, in 0.10 to 0.12; tests/test_memory.py notices if another version has another one.
+_TAKEN_FROM_THE_CACHE = "/jax/compilation_cache/cache_hits"
+# What JAX raises for a program that it cannot serialize, such as one that calls back into Python.
+_NOT_SERIALIZABLE = (AttributeError, NotImplementedError, TypeError, ValueError, pickle.PicklingError)
 
 
 def reloaded(step: Any, devices: Sequence[Any]) -> Callable:
-    """A jitted function that is compiled at its first call, for arguments like those alone, and then loaded anew.
+    """A jitted function for a CPU, compiled at its first call and then loaded anew, which takes less memory.
 
-    What was just compiled for a CPU lies scattered over the pages that compiling took: of a training step of ResNet-18
-    some 100 MiB in small pieces on 230 MiB of pages. Written down and loaded it lies side by side, as what was kept
-    (in JAX's compilation cache) does anyway. A program for another kind of device stays as it was compiled.
+    What was just compiled lies scattered over the pages that compiling took: of a training step of ResNet-18 some 100
+    MiB, in small pieces, on 230 MiB of pages. Serialized and loaded it lies side by side, as what comes from JAX's
+    compilation cache does anyway. What JAX cannot serialize stays as it was compiled.
 
     Args:
-      step: from `jax.jit`; nobody else may hold it, or what it was compiled to stays, too.
-      devices: those of this process that it is for.
+      step: from `jax.jit`. What it was compiled to stays as long as anybody holds it or the function it was made of.
+      devices: those of this process that it is for, CPUs.
+
+    Returns:
+      A function that gives what `step` does. It is called by one thread, always with arguments of the same shapes,
+      dtypes and shardings (others are a TypeError or ValueError), and can be neither lowered nor traced.
     """
     steps, programs = [step], list[Any]()
-    del step
 
     def call(*arguments: Any) -> Any:
         if not programs:
             programs.append(_compile(steps, arguments, devices))
+            steps.clear()
         return programs[0](*arguments)
 
     return call
@@ -39,29 +47,35 @@ def give_back_freed_memory() -> None:
 
 
 def _compile(steps: list[Any], arguments: Sequence[Any], devices: Sequence[Any]) -> Any:
-    """The program of the one step, which is taken out of the list: JAX keeps what a function was compiled to."""
+    """The program of the one step in the list, from which it is taken before the program is loaded."""
     import jax.monitoring
     from jax.experimental import serialize_executable
 
-    lowered, was_kept = steps.pop().lower(*arguments), False
+    was_kept = False
 
     def listen(event: str, **_: Any) -> None:
         nonlocal was_kept
-        was_kept = was_kept or event == _TAKEN_FROM_THE_KEPT
+        was_kept = was_kept or event == _TAKEN_FROM_THE_CACHE
 
+    lowered = steps[0].lower(*arguments)
     jax.monitoring.register_event_listener(listen)
     try:
         compiled = lowered.compile()
     finally:
         jax.monitoring.unregister_event_listener(listen)
-    # Written down again, what was loaded would lack its functions.
-    if was_kept or devices[0].platform != "cpu":
+    if was_kept:  # serialized once more it could not be loaded: XLA would leave its machine code out
         return compiled
-    written, in_tree, out_tree = serialize_executable.serialize(compiled)
+    try:
+        serialized, in_tree, out_tree = serialize_executable.serialize(compiled)
+    except _NOT_SERIALIZABLE:
+        return compiled
+    steps.clear()
     del compiled, lowered
     gc.collect()
     give_back_freed_memory()
-    program = serialize_executable.deserialize_and_load(written, in_tree, out_tree, execution_devices=devices)
-    del written
+    program = serialize_executable.deserialize_and_load(
+        serialized, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
+    )
+    del serialized
     give_back_freed_memory()
     return program

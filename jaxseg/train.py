@@ -275,8 +275,8 @@ def pmap_step(
     Args:
       step: a pure function whose outputs are equal on all devices, or, with `per_image`, one entry per image.
       devices: those of all processes that call it, process after process, and of each process equally many.
-      donate: the state's buffers are reused for the output; the caller's state is gone. Such a step, of training, is
-        only called with arguments of the shapes of its first call; see `jaxseg.memory.reloaded`.
+      donate: the state's buffers are reused for the output; the caller's state is gone. Such a step is always called
+        with arguments of the same shapes and dtypes; on CPUs others are an error, see `jaxseg.memory.reloaded`.
       per_image: outputs keep the leading axes (devices, images per device).
       keyed: the step is `step(state, batch, key)`, the key the same on all devices.
 
@@ -301,13 +301,15 @@ def pmap_step(
     if jax.process_count() > 1:
         return mapped
 
-    # One more function, of a name that people know, because pmap remembers its own for ever.
+    # JAX keeps a program as long as its function is held, and pmap its functions for ever: so this one is ours, under
+    # the step's name, which logs and kept programs have.
     def call(*arguments: Any) -> Any:
         return mapped(*arguments)
 
     call.__name__ = getattr(getattr(step, "func", step), "__name__", "step")
     jitted = jax.jit(call, donate_argnums=donated, compiler_options=compiler_options())
-    return reloaded(jitted, devices) if donate else jitted
+    is_compiled = devices[0].platform == "cpu" and not jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    return reloaded(jitted, devices) if donate and is_compiled else jitted
 
 
 def all_devices() -> tuple[jax.Device, ...]:
@@ -360,7 +362,7 @@ def start_stage(
       step: the updates made before the stage.
     """
 
-    # One program: by itself every shape of a parameter would be one, several times.
+    # Jitted as one: operation by operation JAX would compile a program for each operation and shape, some thirty.
     @jax.jit
     def begin(variables: Any, step: jax.Array) -> TrainState:
         params, batch_stats = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))

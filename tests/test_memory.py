@@ -1,4 +1,4 @@
-"""What is freed is not asked of the kernel again."""
+"""What is freed is not asked of the kernel again, and what compiling took is given back."""
 
 import gc
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental import serialize_executable
 
-from jaxseg import train
+from jaxseg import memory, train
 
 CODE = """
 import resource, threading
@@ -133,22 +133,31 @@ def three_updates(update, number, written):
     return jax.device_get((state, metrics))
 
 
+def number_of_its_own():
+    """In a program, which no earlier run can then have kept."""
+    return int(np.random.default_rng().integers(2**30))
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_training_step_is_loaded_and_what_was_compiled_is_gone(written, number):
+    own = number_of_its_own()
+
     def update(state, batch, key):
         total = jax.lax.psum(batch["x"].sum(0), train.AXIS) + jax.random.randint(key, (), 5, 6)
-        return {"sum": state["sum"] + total}, {"loss": total.mean()}
+        return {"sum": state["sum"] + total}, {"loss": total.mean(), "own": jnp.array(own)}
 
     state, metrics = three_updates(update, number, written)
     np.testing.assert_array_equal(state["sum"], 3 * (np.arange(12.0).reshape(4, 3).sum(0) + 5))
-    assert metrics["loss"] == 27
+    assert metrics == {"loss": 27, "own": own}
     assert len(written) == 1
 
 
 def test_a_training_step_that_was_kept_is_taken_as_it_is(written):
+    own = number_of_its_own()
+
     def make_update():
         def update(state, batch, key):
-            return {"sum": state["sum"] + jnp.sin(batch["x"]).sum(0)}, {"loss": batch["x"].mean()}
+            return {"sum": state["sum"] + jnp.sin(batch["x"]).sum(0)}, {"own": jnp.array(own)}
 
         return update
 
@@ -163,3 +172,39 @@ def test_a_training_step_that_was_kept_is_taken_as_it_is(written):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     assert len(written) == 1
     jax.tree.map(np.testing.assert_array_equal, kept, compiled)
+
+
+def test_a_step_that_calls_python_stays_as_it_was_compiled(written):
+    seen = []
+
+    def update(state, batch, key):
+        jax.debug.callback(lambda x: seen.append(float(x)), batch["x"][0, 0])
+        return {"sum": state["sum"] + batch["x"].sum(0)}, {}
+
+    devices = jax.devices()[:1]
+    step = train.pmap_step(update, devices, donate=True, keyed=True)
+    state, key = train.replicate({"sum": jnp.zeros(3)}, devices), train.replicate(jax.random.key(0), devices)
+    for batch in train.batches_on_devices([{"x": np.full((1, 3), number)} for number in (2.0, 3.0)], devices):
+        state, _ = step(state, batch, key)
+    np.testing.assert_array_equal(state["sum"], [5.0, 5.0, 5.0])
+    jax.effects_barrier()
+    assert seen == [2, 3]
+
+
+def test_a_first_call_that_was_broken_off_can_be_made_again():
+    calls = []
+
+    def step(x):
+        calls.append(x)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return x + 1
+
+    call = memory.reloaded(jax.jit(step), jax.devices()[:1])
+    with pytest.raises(KeyboardInterrupt):
+        call(jnp.zeros(3))
+    np.testing.assert_array_equal(call(jnp.zeros(3)), [1, 1, 1])
+    np.testing.assert_array_equal(call(jnp.ones(3)), [2, 2, 2])
+    with pytest.raises(TypeError):
+        call(jnp.zeros(4))
+    assert len(calls) == 2

@@ -92,7 +92,9 @@ def improved_variables():
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_the_improved_model_is_the_same_on_one_two_and_four_devices(improved_variables, freeze):
+def test_the_improved_model_is_the_same_on_one_two_and_four_devices(improved_variables, freeze, request):
+    if not freeze:
+        request.getfixturevalue("optimised")
     options = {"steps": 20, "model": IMPROVED, "max_degrees": 30.0, "learning_rate": 3e-4}
     batches = [eval_batch(0, [(32, 64), (120, 160), (150, 175)], (150, 175))]
 
