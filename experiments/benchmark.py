@@ -69,8 +69,8 @@ class Settings:
     peak it is the median."""
     kept_programs: bool = False
     """Keep jaxseg's compiled programs where training commands keep them, and measure as those run from their second
-    start on, which starts sooner and on a CPU needs less memory; torch.compile keeps its own by default, anyway. All
-    programs are started once more, before, for what is not kept yet."""
+    start on, which starts sooner and on a CPU may need a little less memory; torch.compile keeps its own by default,
+    anyway. All programs are started once more, before, for what is not kept yet."""
     rounds: int = 7
     """Rounds of each start; all programs take turns in each, and begin with three steps that are not measured."""
     steps: int = 5
