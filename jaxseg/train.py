@@ -301,8 +301,8 @@ def pmap_step(
     if jax.process_count() > 1:
         return mapped
 
-    # JAX keeps a program as long as its function is held, and pmap its functions for ever: so this one is ours, under
-    # the step's name, which logs and kept programs have.
+    # A function of ours, with the step's name for logs and kept programs: jit would hand on pmap's own `lower`, which
+    # knows no options, and keeps what it lowered as long as the step is held.
     def call(*arguments: Any) -> Any:
         return mapped(*arguments)
 
