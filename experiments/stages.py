@@ -137,7 +137,7 @@ def train_stages(
             continue
         if number > progress.stage:
             state, progress = None, Progress(number, before=progress.last)
-        tx, _ = _make_optimizer(run, number)
+        tx = _make_optimizer(run, number)
         if state is None:
             state = train.start_stage(variables, tx, run.devices, step)
         variables, step, progress = train_one_stage(
@@ -172,7 +172,7 @@ def train_one_stage(
     steps = loader.steps_per_epoch(run.splits["train"], settings.batch_size)
     done = (progress.epoch - 1) * steps + progress.updates
     variables, step = {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
-    first_step, rates = step - done, _make_optimizer(run, number)[1]
+    first_step, rates = step - done, _learning_rates(run, number)
     losses, saved = _losses_so_far(settings.workdir, progress) if log else [], time.perf_counter()
     began = saved - progress.seconds
 
@@ -224,20 +224,29 @@ def train_one_stage(
 
 def _first_state(run: Run, number: int) -> train.TrainState:
     """A state of the stage, as its checkpoints hold it."""
-    return train.start_stage(run.variables, _make_optimizer(run, number)[0], run.devices)
+    return train.start_stage(run.variables, _make_optimizer(run, number), run.devices)
 
 
-def _make_optimizer(run: Run, number: int) -> tuple[optax.GradientTransformation, np.ndarray]:
-    """A stage's optimizer, and the learning rate of each of its updates.
-
-    The rates are for the log, and all at once: asked in the loop, a schedule would be computed on the device, behind
-    its queue.
-    """
+def _schedule(run: Run, number: int) -> tuple[optax.Schedule, int]:
+    """A stage's learning rate as a function of its update, and how many updates it has."""
     stage, settings = run.stages[number], run.settings
     steps = stage.epochs * loader.steps_per_epoch(run.splits["train"], settings.batch_size)
-    rate = optimizer.make_schedule(stage.schedule, stage.learning_rate, steps)
-    rates = np.broadcast_to(np.asarray(jax.jit(rate)(np.arange(steps))), steps)
-    return optimizer.make_optimizer(rate, stage.freeze_encoder, settings.adam_b2, stage.encoder_rate), rates
+    return optimizer.make_schedule(stage.schedule, stage.learning_rate, steps), steps
+
+
+def _make_optimizer(run: Run, number: int) -> optax.GradientTransformation:
+    """A stage's optimizer."""
+    stage, (rate, _) = run.stages[number], _schedule(run, number)
+    return optimizer.make_optimizer(rate, stage.freeze_encoder, run.settings.adam_b2, stage.encoder_rate)
+
+
+def _learning_rates(run: Run, number: int) -> np.ndarray:
+    """The learning rate of each of a stage's updates, for the log.
+
+    All at once: asked in the loop, a schedule would be computed on the device, behind its queue.
+    """
+    rate, steps = _schedule(run, number)
+    return np.broadcast_to(np.asarray(jax.jit(rate)(np.arange(steps))), steps)
 
 
 def _batches(run: Run, number: int, start: int, features: np.ndarray | None) -> Any:

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# JAX's own name for it, in 0.10 to 0.12; tests/test_memory.py notices if another version has another one.
+# JAX's own name for it, in 0.10 and 0.12; tests/test_memory.py notices if another version has another one.
 _TAKEN_FROM_THE_CACHE = "/jax/compilation_cache/cache_hits"
 # What JAX raises for a program that it cannot serialize, such as one that calls back into Python.
 _NOT_SERIALIZABLE = (AttributeError, NotImplementedError, TypeError, ValueError, pickle.PicklingError)

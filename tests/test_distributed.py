@@ -44,7 +44,7 @@ def start(module, argvs):
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     number = len(argvs)
-    flags = f"--xla_force_host_platform_device_count={4 // number} --xla_cpu_use_fusion_emitters=false"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={4 // number}")
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     processes = []
     for index, argv in enumerate(argvs):
