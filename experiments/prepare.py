@@ -13,17 +13,19 @@ from tqdm import tqdm
 from experiments.datasets import find_data
 from experiments.processes import ALONE, Processes
 from experiments.settings import Settings
-from jaxseg import pretrained, train
+from jaxseg import initializers, pretrained, train
 from jaxseg.data import loader
 from jaxseg.data.balance import median_frequency_weights
 from jaxseg.data.labels import Labels
 from jaxseg.data.threads import map_ahead
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder, start_at_prior
 from jaxseg.resnet import ResNet
-from jaxseg.segmenter import Segmenter
+from jaxseg.segmenter import STRIDE, Segmenter
 
-# Drawing a ResNet-18's parameters runs for a moment and, optimised, compiles for 25 s of CPU time instead of 7.
-_UNOPTIMISED = {"xla_backend_optimization_level": 0}
+# Of the program that draws a model's parameters: it runs once, and optimised it compiles for twice as long.
+_OPTIMISED_LITTLE = {"xla_backend_optimization_level": 1}
+# Of the smallest size; what a model's parameters are does not depend on it.
+_IMAGE = np.zeros((1, STRIDE, STRIDE, 3), np.uint8)
 
 # (num_classes, dropout_rate) -> decoder.
 MakeDecoder = Callable[[int, float], nn.Module]
@@ -100,15 +102,15 @@ def prepare(
         return Segmenter(encoder, make_decoder(labels.num_classes, dropout_rate).clone(dtype=dtype))
 
     # First the weights: a wrong file is refused before thousands of images are looked at.
-    variables = initialise(make_model(0.0), settings)
+    model = make_model(0.0)
+    weights = load_weights(model, settings)
     splits = open_splits()
     loader.steps_per_epoch(splits["train"], settings.batch_size)
     at_prior = settings.decoder_init == "prior" and settings.weights_scope == "encoder"
     if at_prior or settings.class_weights != "none":
         counts = count_classes(splits["train"], labels.num_classes)
+    variables = initialise(model, weights, settings.seed, counts.sum(0) if at_prior else None)
     if at_prior:
-        decoder = start_at_prior(variables["params"]["decoder"], counts.sum(0))
-        variables = {**variables, "params": {**variables["params"], "decoder": decoder}}
         print("decoder: its first guess is the classes' frequencies (--decoder-init prior)")
     class_weights = None
     if settings.class_weights != "none":
@@ -135,27 +137,47 @@ def prepare(
     return Run(settings, labels, splits, make_model, variables, stages, devices, processes)
 
 
-def initialise(model: nn.Module, settings: Settings) -> Any:
-    """The model's variables: what the weights hold, and else random from the seed; raises as `prepare` says."""
-    key, image = jax.random.key(settings.seed), jnp.zeros((1, 64, 64, 3), jnp.uint8)
+def load_weights(model: nn.Module, settings: Settings) -> Any:
+    """Those of the model's variables that the weights hold: none, the encoder's or all; raises as `prepare` says."""
     if settings.weights == "none":
         print(f"encoder: {settings.encoder}, random numbers (--weights none)")
-        return jax.jit(model.init, compiler_options=_UNOPTIMISED)(key, image)
+        return {"params": {}, "batch_stats": {}}
     if settings.weights_scope == "all":
-        shapes = jax.eval_shape(model.init, key, image)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), _IMAGE)
         variables = pretrained.load_model(settings.encoder, settings.weights, shapes)
         print(f"encoder and decoder: {settings.encoder}, {settings.weights}")
         return variables
     encoder = pretrained.load_encoder(settings.encoder, settings.weights)
     print(f"encoder: {settings.encoder}, {settings.weights}")
+    return {name: {"encoder": tree} for name, tree in encoder.items()}
 
-    def init_rest(key: jax.Array, image: jax.Array) -> Any:
-        # What is not returned is not compiled: an encoder's random numbers would take longest.
-        variables = model.init(key, image)
-        return {name: {part: leaf for part, leaf in variables[name].items() if part != "encoder"} for name in variables}
 
-    rest = jax.jit(init_rest, compiler_options=_UNOPTIMISED)(key, image)
-    return {name: {**tree, "encoder": encoder[name]} for name, tree in rest.items()}
+def initialise(model: nn.Module, weights: Any, seed: int, counts: np.ndarray | None) -> Any:
+    """The model's variables: what the weights hold, and else random from the seed.
+
+    Args:
+      model: the segmenter.
+      weights: {'params', 'batch_stats'}, each of 'encoder' and 'decoder' those that are known.
+      seed: of the random numbers.
+      counts: (num_classes,) pixels of each class, for a decoder that starts at the prior, or None.
+    """
+    if "decoder" in weights["params"]:
+        return weights
+
+    def draw(key: jax.Array, image: jax.Array, counts: jax.Array | None) -> Any:
+        variables = initializers.init(model, key, image)
+        if counts is not None:
+            decoder = start_at_prior(variables["params"]["decoder"], counts)
+            variables = {**variables, "params": {**variables["params"], "decoder": decoder}}
+        # What is not returned is not compiled.
+        return {
+            name: {part: tree for part, tree in variables[name].items() if part not in weights[name]}
+            for name in variables
+        }
+
+    counts = counts if counts is None else counts.astype(np.float32)
+    drawn = jax.jit(draw, compiler_options=_OPTIMISED_LITTLE)(jax.random.key(seed), _IMAGE, counts)
+    return {name: {**tree, **weights[name]} for name, tree in drawn.items()}
 
 
 def count_classes(source: Any, num_classes: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from jaxseg import train
+from jaxseg import initializers, train
 from jaxseg.data import folder, loader
 from jaxseg.decoders import BaselineDecoder, ImprovedDecoder
 from jaxseg.layers import BatchNorm, Conv, ConvTranspose
@@ -114,7 +114,7 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
     """
     model, devices = make_model(load), jax.local_devices()
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
-    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    init = jax.jit(functools.partial(initializers.init, model), compiler_options={"xla_backend_optimization_level": 1})
     variables = train.replicate(init(jax.random.key(0), image), devices)
     special = {"validation": ("image", "label", "label_size"), "stage1-cached": ("features", "label")}
     names = special.get(work, ("image", "label"))

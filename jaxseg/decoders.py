@@ -84,7 +84,7 @@ class ImprovedDecoder(nn.Module):
         return Conv(self.num_classes, (1, 1), use_bias=True, name="head")(x)
 
 
-def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
+def start_at_prior(params: Any, counts: jax.Array | np.ndarray, scale: float = 0.3) -> Any:
     """Lets a decoder start where it need not learn what all pixels have in common.
 
     Otherwise one without biases and batch norm learns the classes' frequencies first, through all its layers at once:
@@ -94,7 +94,8 @@ def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
 
     Args:
       params: the parameters of `BaselineDecoder` or `ImprovedDecoder`.
-      counts: (num_classes,) pixels of each class in the training split; one is added to each.
+      counts: (num_classes,) pixels of each class in the training split, int64 on the host or float32; one is added to
+        each.
       scale: what the head's kernel is multiplied by, so that the features disturb the first guess little.
 
     Returns:
@@ -102,13 +103,8 @@ def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
 
     Source: Lin et al. 2017, "Focal loss for dense object detection", 3.3, for the bias.
     """
-    counts = np.asarray(counts, np.float64) + 1
-    return _start_at(params, jnp.asarray(np.log(counts / counts.sum()), jnp.float32), scale)
-
-
-@jax.jit  # one program, not one for each operation and shape
-def _start_at(params: Any, bias: jax.Array, scale: float) -> Any:
-    head = {"kernel": params["head"]["kernel"] * scale, "bias": bias}
+    frequencies = (counts + 1) / (counts + 1).sum()
+    head = {"kernel": params["head"]["kernel"] * scale, "bias": jnp.log(frequencies).astype(jnp.float32)}
     layers = {name: layer for name, layer in params.items() if name != "head"}
     centred = {name: {"kernel": _centre(layer["kernel"])} for name, layer in layers.items() if "kernel" in layer}
     return {**layers, **centred, "head": head}

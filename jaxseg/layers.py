@@ -1,6 +1,7 @@
 """Convolution, transposed convolution and batch norm as modules, max-pool and dropout."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import linen as nn
 
 from jaxseg.convolution import conv, conv_transpose
 from jaxseg.devices import mean_over_devices
+from jaxseg.initializers import normal
 
 # An output pixel of a k4 s2 transposed convolution sees 2x2 of the 16 taps; Flax's own initialisers count all 16.
 _TAPS = 4
@@ -49,9 +51,8 @@ class Conv(nn.Module):
         return y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
 
 
-def _he_normal_4_taps(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Draws a (4, 4, C, O) kernel with standard deviation sqrt(2 / (4 C)): a ReLU halves what this doubles."""
-    return jax.random.normal(key, shape, dtype) * jnp.sqrt(2.0 / (_TAPS * shape[2])).astype(dtype)
+# Of a (4, 4, C, O) kernel: a ReLU halves what this doubles.
+_he_normal_4_taps = normal(lambda shape: math.sqrt(2 / (_TAPS * shape[2])))
 
 
 class ConvTranspose(nn.Module):

@@ -1,15 +1,17 @@
 """The ResNet encoder: image -> feature maps at strides 2, 4, 8, 16 and 32."""
 
 import functools
+import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxseg.initializers import normal
 from jaxseg.layers import BatchNorm, Conv, max_pool
 
 # He et al. 2015b, fan-out: the variance of the gradient survives a ReLU; torchvision's choice for ResNets.
-_he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_he_fan_out = normal(lambda shape: math.sqrt(2 / (math.prod(shape[:2]) * shape[3])))
 
 
 class BasicBlock(nn.Module):
