@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from experiments import prepare
+from experiments import prepare, processes
 from experiments.run import run
 from experiments.settings import Settings, complete, parse
 from experiments.stages import resume
@@ -79,6 +79,7 @@ def last_state(workdir):
 def main(argv=None):
     """Runs it; returns the exit code."""
     prepare.ResNet = SmallEncoder
+    processes._SILENCE = 15  # a test waits for it
     return run(parse("improved", __doc__, argv), make_decoder)
 
 
