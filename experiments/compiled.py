@@ -16,7 +16,7 @@ _BYTES = 2**30
 def keep_compiled_programs() -> None:
     """Keeps compiled programs below the cache folder; `JAX_COMPILATION_CACHE_DIR` names another one.
 
-    Without it a run compiles for about a minute, half of it before the first step. Programs for another processor do
+    Without it a run compiles for about a minute, a quarter of it before the first step. Programs for another processor do
     not run on this one, so each kind of processor has its own folder, where a home is shared. A folder that cannot be
     written costs a warning, nothing else. `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
     """
@@ -25,7 +25,7 @@ def keep_compiled_programs() -> None:
     folder = cache_folder() / "compiled" / hashlib.sha256(_processor().encode()).hexdigest()[:16]
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _BYTES)
-    # The small ones too: about eighty are compiled before the first step.
+    # The small ones too: there are some ten before the first step.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
