@@ -16,9 +16,9 @@ _BYTES = 2**30
 def keep_compiled_programs() -> None:
     """Keeps compiled programs below the cache folder; `JAX_COMPILATION_CACHE_DIR` names another one.
 
-    Without it a run compiles for about a minute, a quarter of it before the first step. Programs for another processor do
-    not run on this one, so each kind of processor has its own folder, where a home is shared. A folder that cannot be
-    written costs a warning, nothing else. `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    Without it a run compiles for about a minute, a quarter of it before the first step. Programs for another processor
+    do not run on this one, so each kind of processor has its own folder, where a home is shared. A folder that cannot
+    be written costs a warning, nothing else. `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 Shape = tuple[int, ...]
+# How many numbers are drawn at once.
+_BLOCK = 2**18
 
 
 class _Numbers:
@@ -47,12 +49,14 @@ def normal(deviation: Callable[[Shape], float]) -> nn.initializers.Initializer:
 def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
     """What `model.init` gives, but that all arrays of `normal` are parts of one long one; best within `jax.jit`.
 
-    A generator for each array, as `model.init` has them, takes ten times as long to compile: of a ResNet-18 and its
-    decoder 4 s on two cores of an EPYC. The distributions are the same, the numbers others. It is traced twice.
+    A generator for each array, as `model.init` has them, takes two to three times as long to compile: of a ResNet-18
+    and its decoder 4.3 instead of 1.7 s on two cores of an EPYC. The distributions are the same, the numbers others.
+    The model is traced twice.
 
     Args:
-      model: a module; of initializers other than `normal` each draws for itself.
-      key: as `model.init` takes it.
+      model: a module; of initializers other than `normal` each draws for itself. Within `nn.jit`, `nn.scan` or
+        `nn.vmap` several arrays would be the same part: a model that has them is for `model.init`.
+      key: one key.
       inputs: the model's.
 
     Returns:
@@ -60,9 +64,12 @@ def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
     """
     # Not model.init itself: what was traced before would not be traced again, and nothing be counted.
     with _handing_out(_Numbers()) as counted:
-        jax.eval_shape(lambda key, *inputs: model.init(key, *inputs), key, *inputs)
+        jax.eval_shape(lambda key: model.init(key, *inputs), key)
     rest, own = jax.random.split(key)
-    with _handing_out(_Numbers(jax.random.normal(own, (counted.taken,)))):
+    # In blocks: the generator would take four times the memory of all that it draws at once.
+    blocks = jax.random.split(own, max(1, -(-counted.taken // _BLOCK)))
+    numbers = jax.lax.map(lambda key: jax.random.normal(key, (_BLOCK,)), blocks).ravel()
+    with _handing_out(_Numbers(numbers)):
         return model.init(rest, *inputs)
 
 

@@ -51,7 +51,7 @@ class Conv(nn.Module):
         return y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
 
 
-# Of a (4, 4, C, O) kernel: a ReLU halves what this doubles.
+# Standard deviation sqrt(2 / (4 C)) of a (4, 4, C, O) kernel: a ReLU halves what this doubles.
 _he_normal_4_taps = normal(lambda shape: math.sqrt(2 / (_TAPS * shape[2])))
 
 

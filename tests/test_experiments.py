@@ -258,6 +258,23 @@ def small_model():
     return traverse_util.unflatten_dict(flat)
 
 
+def frequencies(folder):
+    """The logarithms of the two classes' shares of the training labels, one pixel added to each."""
+    labels = [np.array(Image.open(path)) for path in (folder / "train" / "seg").iterdir()]
+    counts = np.array([sum((label == k).sum() for label in labels) + 1 for k in range(2)])
+    return np.log(counts / counts.sum())
+
+
+@pytest.mark.parametrize("start", ["prior", "he"])
+def test_a_decoder_starts_at_the_training_labels_frequencies_if_it_is_to(folder, tmp_path, monkeypatch, start):
+    monkeypatch.setattr(preparing, "ResNet", small_run.SmallEncoder)
+    argv = [*arguments(folder, tmp_path / "run"), "--weights", "none", "--decoder-init", start]
+    params = prepare(parse("improved", "", argv), small_run.make_decoder).variables["params"]
+    expected = frequencies(folder) if start == "prior" else np.zeros(2)
+    np.testing.assert_allclose(params["decoder"]["head"]["bias"], expected, rtol=1e-5)
+    assert np.abs(frequencies(folder)).min() > 0.1 and np.asarray(params["encoder"]["Conv_0"]["kernel"]).std() > 0
+
+
 def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_path, capsys):
     options = ["--weights", str(tmp_path / "old"), "--decoder-init", "prior"]
     decoder = jax.eval_shape(BaselineDecoder(2).init, jax.random.key(0), jnp.zeros((1, 1, 1, 512)))["params"]
@@ -276,6 +293,8 @@ def test_a_run_goes_on_from_another_runs_encoder_or_from_all_of_it(folder, tmp_p
         jax.tree.map(np.testing.assert_array_equal, prepared["batch_stats"]["encoder"], encoder["batch_stats"])
         ones = [bool(np.all(leaf == 1)) for leaf in jax.tree.leaves(prepared["params"]["decoder"])]
         assert all(ones) if kept else not any(ones)
+        if not kept:
+            np.testing.assert_allclose(prepared["params"]["decoder"]["head"]["bias"], frequencies(folder), rtol=1e-5)
     (folder / "classes.txt").write_text("dark\nbright\nother\n")
     assert "as many classes" in fails(capsys, argv)
 
