@@ -111,8 +111,8 @@ def _kernel_grad_by_product(x: jax.Array, g: jax.Array) -> jax.Array:
     """(N, H, W, C), (N, H, W, O) -> (1, 1, C, O), of x's dtype: the gradient of a convolution that is a product.
 
     The pixels are one axis first, or XLA would make transposed copies of the maps. And Eigen is up to twice as fast if
-    the result has no more rows than columns: of fewer features than channels it is (O, C), transposed at the end behind
-    a condition, without which XLA would make a product (C, O) of both again.
+    the result has no more rows than columns: of fewer features than channels it is (O, C), and transposed at the end
+    apart, or XLA would make a product (C, O) of both again.
     """
     x, g = x.reshape(-1, x.shape[3]), g.reshape(-1, g.shape[3])
     if g.shape[1] >= x.shape[1]:
@@ -313,7 +313,7 @@ def _from_blocks_once(blocks: jax.Array) -> jax.Array:
 
     Otherwise XLA moves the pixels again in each operation that reads them, three of them a batch norm's.
     """
-    return copies(_from_blocks, [blocks])[0] if _has_numbers(blocks) else _from_blocks(blocks)
+    return copies(_from_blocks, [blocks])[0]
 
 
 def _plain_conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:

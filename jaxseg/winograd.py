@@ -150,16 +150,9 @@ def winograd(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax
         kernel = jnp.pad(kernel, ((odd, (odd + len(kernel)) % 2), (0, 0), (0, 0), (0, 0)))
         x, kernel = _pairs_of_rows(x), jnp.moveaxis(_pairs_of_rows(jnp.moveaxis(kernel, 3, 0)), 0, 3)
         before = (padding + odd) // 2
-    convolve = functools.partial(
-        _convolve,
-        kernels=_of_kernel(kernel, x),
-        taps=len(kernel),
-        outputs=outputs,
-        padding=(before, padding),
-        strides=strides,
-    )
     # An image of three channels is small; groups for its outputs' sake are slower.
-    return _by_groups(convolve, x) if strides == 1 else convolve(x)
+    groups = _groups_that_pay(x) if strides == 1 else 1
+    return _convolve(x, functools.partial(_of_kernel, kernel), len(kernel), outputs, (before, padding), groups, strides)
 
 
 def winograd_input_grad(g: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
@@ -173,12 +166,13 @@ def winograd_input_grad(g: jax.Array, kernel: jax.Array, padding: int) -> jax.Ar
     Returns:
       (N, H, W, C) float32.
     """
-    kernels = copies(lambda kernel: kernel[:, ::-1].transpose(0, 1, 3, 2), _of_kernel(kernel[::-1], g))
     taps, padding = len(kernel), len(kernel) - 1 - padding
     outputs = g.shape[1] + 2 * padding - taps + 1
-    return _by_groups(
-        functools.partial(_convolve, kernels=kernels, taps=taps, outputs=outputs, padding=(padding, padding)), g
-    )
+
+    def kernels(after: jax.Array) -> list[jax.Array]:
+        return copies(lambda kernel: kernel[:, ::-1].transpose(0, 1, 3, 2), _of_kernel(kernel[::-1], after))
+
+    return _convolve(g, kernels, taps, outputs, (padding, padding), _groups_that_pay(g))
 
 
 def winograd_kernel_grad(x: jax.Array, g: jax.Array, taps: int, padding: int) -> jax.Array:
@@ -225,15 +219,10 @@ def _in_groups(x: jax.Array, groups: int) -> jax.Array:
     return x.reshape(groups, -1, *x.shape[1:])
 
 
-def _by_groups(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+def _groups_that_pay(x: jax.Array) -> int:
+    """The groups of a map that is convolved in some, and otherwise one."""
     groups = _groups(x)
-    if groups == 1 or groups > _MOST_GROUPS:
-        return f(x)
-    parts: list[jax.Array] = []
-    for part in _in_groups(x, groups):
-        # One after the other: the next one waits for a zero. (A `lax.map` would keep the map and the output twice.)
-        parts.append(f(part + 0 * parts[-1][0, 0, 0, 0] if parts else part))
-    return jnp.concatenate(parts)
+    return groups if groups <= _MOST_GROUPS else 1
 
 
 def _tiles(outputs: int, tile: int) -> int:
@@ -275,9 +264,9 @@ def _transpose(weights: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
     return tuple(zip(*weights, strict=True))
 
 
-def _of_kernel(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
-    """(K, L, C, O) -> for each point (1, L, C, O), such that XLA does not compute them before x, and keep them."""
-    zero = 0 * x[0, 0, 0, 0]
+def _of_kernel(kernel: jax.Array, after: jax.Array) -> list[jax.Array]:
+    """(K, L, C, O) -> for each point (1, L, C, O), which XLA does not compute before `after`, and keep."""
+    zero = 0 * after[0, 0, 0, 0]
     return _sums(_FORMS[len(kernel)].of_kernel, [row + zero for row in jnp.split(kernel, len(kernel))])
 
 
@@ -289,20 +278,36 @@ def _conv_of_rows(x: jax.Array, kernel: jax.Array, padding: int, strides: int = 
 
 
 def _convolve(
-    x: jax.Array, kernels: Sequence[jax.Array], taps: int, outputs: int, padding: tuple[int, int], strides: int = 1
+    x: jax.Array,
+    kernels: Callable[[jax.Array], list[jax.Array]],
+    taps: int,
+    outputs: int,
+    padding: tuple[int, int],
+    groups: int,
+    strides: int = 1,
 ) -> jax.Array:
-    """So many rows of outputs.
+    """So many rows of outputs, in groups of images, one after the other.
 
-    Before the first row of x there are `padding[0]` rows of zeros, at both ends of each row `padding[1]` zeros;
-    `strides` are along the rows.
+    `kernels` gives those of the points, not before the array that it is given. Before the first row of x there are
+    `padding[0]` rows of zeros, at both ends of each row `padding[1]` zeros; `strides` are along the rows.
     """
     form = _FORMS[taps]
     tile = len(form.of_output)
     tiles = _tiles(outputs, tile)
-    inputs = _sums(form.of_input, _rows(x, tiles, tile, tile + taps - 1, (padding[0], 0), 0.0))
-    products = [_conv_of_rows(x, kernel, padding[1], strides) for x, kernel in zip(inputs, kernels, strict=True)]
-    n, _, width, features = products[0].shape
-    return jnp.stack(_sums(form.of_output, products), axis=2).reshape(n, tiles * tile, width, features)[:, :outputs]
+    of_points: list[jax.Array] = []
+    parts: list[jax.Array] = []
+    for part in _in_groups(x, groups):
+        # A group waits for a zero of the one before. (A `lax.map` would keep the map and the output twice.)
+        part = part + 0 * parts[-1][0, 0, 0, 0] if parts else part
+        inputs = _sums(form.of_input, _rows(part, tiles, tile, tile + taps - 1, (padding[0], 0), 0.0))
+        # Not before x itself, which XLA may compute anew where it is read: the loop over a kernel's rows would then be
+        # another one in each layer, and be compiled each time.
+        of_points = of_points or kernels(inputs[0])
+        products = [_conv_of_rows(x, kernel, padding[1], strides) for x, kernel in zip(inputs, of_points, strict=True)]
+        n, _, width, features = products[0].shape
+        rows = jnp.stack(_sums(form.of_output, products), axis=2).reshape(n, tiles * tile, width, features)
+        parts.append(rows[:, :outputs])
+    return jnp.concatenate(parts)
 
 
 def _pairs_of_rows(x: jax.Array) -> jax.Array:
