@@ -22,9 +22,6 @@ from jaxseg.decoders import BaselineDecoder, ImprovedDecoder, start_at_prior
 from jaxseg.resnet import ResNet
 from jaxseg.segmenter import STRIDE, Segmenter
 
-# Of the program that draws a model's parameters: fully optimised it compiles for half as long again, and not at all
-# it runs four times as long.
-_OPTIMISED_LITTLE = {"xla_backend_optimization_level": 1}
 # Of the smallest size; what a model's parameters are does not depend on it.
 _IMAGE = np.zeros((1, STRIDE, STRIDE, 3), np.uint8)
 
@@ -165,24 +162,16 @@ def initialise(model: nn.Module, weights: Any, seed: int, counts: np.ndarray | N
     if "decoder" in weights["params"]:
         return weights
 
-    features: Any = None
+    key = jax.random.key(seed)
     if weights["params"]:  # the encoder's: the decoder's alone are to be drawn
         features = jax.eval_shape(lambda: model.apply(weights, _IMAGE, method="encode"))
-
-    def draw(key: jax.Array, counts: jax.Array | None) -> Any:
-        if features is None:
-            variables = initializers.init(model, key, _IMAGE)
-        else:
-            drawn = initializers.init(model.decoder, key, jnp.zeros(features.shape, features.dtype))
-            variables = {name: {"decoder": drawn.get(name, {})} for name in weights}
-        if counts is None:
-            return variables
-        params = variables["params"]
-        return {**variables, "params": {**params, "decoder": start_at_prior(params["decoder"], counts)}}
-
-    counts = counts if counts is None else counts.astype(np.float32)
-    drawn = jax.jit(draw, compiler_options=_OPTIMISED_LITTLE)(jax.random.key(seed), counts)
-    return {name: {**tree, **weights.get(name, {})} for name, tree in drawn.items()}
+        drawn = initializers.init(model.decoder, key, jnp.zeros(features.shape, features.dtype))
+        variables = {name: {"decoder": drawn.get(name, {}), **tree} for name, tree in weights.items()}
+    else:
+        variables = initializers.init(model, key, _IMAGE)
+    if counts is not None:
+        variables["params"]["decoder"] = start_at_prior(variables["params"]["decoder"], counts)
+    return variables
 
 
 def count_classes(source: Any, num_classes: int) -> np.ndarray:

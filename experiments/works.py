@@ -114,8 +114,7 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
     """
     model, devices = make_model(load), jax.local_devices()
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
-    init = jax.jit(functools.partial(initializers.init, model))
-    variables = train.replicate(init(jax.random.key(0), image), devices)
+    variables = train.replicate(initializers.init(model, jax.random.key(0), image), devices)
     special = {"validation": ("image", "label", "label_size"), "stage1-cached": ("features", "label")}
     names = special.get(work, ("image", "label"))
     batches = ({name: batch[name] for name in names} for batch in batches)

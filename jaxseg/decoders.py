@@ -84,7 +84,7 @@ class ImprovedDecoder(nn.Module):
         return Conv(self.num_classes, (1, 1), use_bias=True, name="head")(x)
 
 
-def start_at_prior(params: Any, counts: jax.Array | np.ndarray, scale: float = 0.3) -> Any:
+def start_at_prior(params: Any, counts: np.ndarray, scale: float = 0.3) -> Any:
     """Lets a decoder start where it need not learn what all pixels have in common.
 
     Otherwise one without biases and batch norm learns the classes' frequencies first, through all its layers at once:
@@ -94,23 +94,23 @@ def start_at_prior(params: Any, counts: jax.Array | np.ndarray, scale: float = 0
 
     Args:
       params: the parameters of `BaselineDecoder` or `ImprovedDecoder`.
-      counts: (num_classes,) pixels of each class in the training split, int64 on the host or float32; one is added to
-        each.
+      counts: (num_classes,) int64 pixels of each class in the training split; one is added to each.
       scale: what the head's kernel is multiplied by, so that the features disturb the first guess little.
 
     Returns:
-      Other parameters, of the same structure.
+      Other parameters, of the same structure, on the host.
 
     Source: Lin et al. 2017, "Focal loss for dense object detection", 3.3, for the bias.
     """
+    params = jax.tree.map(np.asarray, params)
     frequencies = (counts + 1) / (counts + 1).sum()
-    head = {"kernel": params["head"]["kernel"] * scale, "bias": jnp.log(frequencies).astype(jnp.float32)}
+    head = {"kernel": params["head"]["kernel"] * scale, "bias": np.log(frequencies).astype(np.float32)}
     layers = {name: layer for name, layer in params.items() if name != "head"}
     centred = {name: {"kernel": _centre(layer["kernel"])} for name, layer in layers.items() if "kernel" in layer}
     return {**layers, **centred, "head": head}
 
 
-def _centre(kernel: jnp.ndarray) -> jnp.ndarray:
+def _centre(kernel: np.ndarray) -> np.ndarray:
     """Makes the weights (4, 4, C, F) that one output sees, 4 taps of all channels, sum to 0; the variance stays."""
     phases = kernel.reshape(2, 2, 2, 2, *kernel.shape[2:])
     centred = phases - phases.mean((0, 2, 4), keepdims=True)

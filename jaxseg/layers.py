@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from jaxseg.convolution import conv, conv_transpose
 from jaxseg.devices import mean_over_devices
-from jaxseg.initializers import normal
+from jaxseg.initializers import constant, lecun_normal, normal
 
 # An output pixel of a k4 s2 transposed convolution sees 2x2 of the 16 taps; Flax's own initialisers count all 16.
 _TAPS = 4
@@ -38,7 +38,7 @@ class Conv(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    kernel_init: nn.initializers.Initializer = lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,7 +48,7 @@ class Conv(nn.Module):
         y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.padding)
         if not self.use_bias:
             return y
-        return y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+        return y + self.param("bias", constant(0.0), (self.features,), self.param_dtype).astype(self.dtype)
 
 
 # Standard deviation sqrt(2 / (4 C)) of a (4, 4, C, O) kernel: a ReLU halves what this doubles.
@@ -105,10 +105,10 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer to x: (..., C) float."""
         shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", constant(1.0), shape, jnp.float32)
+        bias = self.param("bias", constant(0.0), shape, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", constant(0.0), None, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", constant(1.0), None, shape, jnp.float32)
         if self.use_running_average:
             inverse = jax.lax.rsqrt(running_var.value + self.epsilon)
             return _scale(x, running_mean.value, inverse, scale, bias).astype(self.dtype)
