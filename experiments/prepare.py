@@ -157,7 +157,10 @@ def initialise(model: nn.Module, weights: Any, seed: int, counts: np.ndarray | N
       model: the segmenter.
       weights: {'params', 'batch_stats'}, each of 'encoder' and 'decoder' those that are known.
       seed: of the random numbers.
-      counts: (num_classes,) pixels of each class, for a decoder that starts at the prior, or None.
+      counts: (num_classes,) int64 pixels of each class, for a decoder that starts at the prior, or None.
+
+    Returns:
+      {'params', 'batch_stats'} of NumPy arrays.
     """
     if "decoder" in weights["params"]:
         return weights
@@ -165,7 +168,7 @@ def initialise(model: nn.Module, weights: Any, seed: int, counts: np.ndarray | N
     key = jax.random.key(seed)
     if weights["params"]:  # the encoder's: the decoder's alone are to be drawn
         features = jax.eval_shape(lambda: model.apply(weights, _IMAGE, method="encode"))
-        drawn = initializers.init(model.decoder, key, jnp.zeros(features.shape, features.dtype))
+        drawn = initializers.init(model.decoder, key, np.zeros(features.shape, features.dtype))
         variables = {name: {"decoder": drawn.get(name, {}), **tree} for name, tree in weights.items()}
     else:
         variables = initializers.init(model, key, _IMAGE)

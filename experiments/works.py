@@ -113,7 +113,7 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
       batches: endless host batches.
     """
     model, devices = make_model(load), jax.local_devices()
-    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
+    image = np.zeros((1, 64, 64, 3), np.uint8)
     variables = train.replicate(initializers.init(model, jax.random.key(0), image), devices)
     special = {"validation": ("image", "label", "label_size"), "stage1-cached": ("features", "label")}
     names = special.get(work, ("image", "label"))

@@ -112,7 +112,7 @@ def _kernel_grad_by_product(x: jax.Array, g: jax.Array) -> jax.Array:
 
     The pixels are one axis first, or XLA would make transposed copies of the maps. And Eigen is up to twice as fast if
     the result has no more rows than columns: of fewer features than channels it is (O, C), and transposed at the end
-    apart, or XLA would make a product (C, O) of both again.
+    in a function that is not inlined, or XLA would make a product (C, O) of both again.
     """
     x, g = x.reshape(-1, x.shape[3]), g.reshape(-1, g.shape[3])
     if g.shape[1] >= x.shape[1]:

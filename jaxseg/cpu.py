@@ -26,15 +26,16 @@ def compiler_options() -> dict[str, str]:
 
 
 def copies(change: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Lays each array in another order so that XLA's CPU backend does nothing else in that loop.
+    """Lays each array in another order so that XLA's CPU backend computes nothing before it in that order.
 
     It is fast at copying in another order, but four times as slow at computing in it, which it would do where something
-    is computed just before; not so if the copying is a function that it is told not to inline. An XLA that does not
-    know this attribute of a call is slower, no more.
+    is computed just before; not so if the copying is a function that it is told not to inline. (What reads the copy may
+    still be computed where a plain transposition is made.) An XLA that does not know this attribute of a call is
+    slower, no more.
 
     Args:
       change: of one array; moves, repeats or pads what is there.
-      arrays: any.
+      arrays: of any shapes and dtypes.
 
     Returns:
       change(array) of each.

@@ -22,7 +22,7 @@ _OPTIMISED_LITTLE = {"xla_backend_optimization_level": 1}
 class _Asked(NamedTuple):
     """What an initializer was asked for: an array that stands for it, and the distribution of its numbers."""
 
-    array: jax.Array
+    array: jax.Array | jax.ShapeDtypeStruct
     mean: float
     deviation: float
 
@@ -46,7 +46,11 @@ def normal(deviation: Callable[[Shape], float]) -> nn.initializers.Initializer:
 
 
 def constant(value: float) -> nn.initializers.Initializer:
-    """An initializer that needs no key."""
+    """An initializer that fills an array with one value; it needs no key.
+
+    Args:
+      value: the value.
+    """
 
     def fill(key: jax.Array | None, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
         if (asked := _ASKED.get()) is not None:
@@ -57,7 +61,7 @@ def constant(value: float) -> nn.initializers.Initializer:
 
 
 def lecun_normal() -> nn.initializers.Initializer:
-    """`normal` such that the variance survives a linear layer of a kernel (..., inputs, outputs).
+    """`normal` such that the variance survives a linear layer of a kernel (..., inputs, outputs); Flax's is truncated.
 
     Source: LeCun et al. 1998, "Efficient BackProp", 4.6.
     """
@@ -65,50 +69,58 @@ def lecun_normal() -> nn.initializers.Initializer:
 
 
 def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
-    """What `model.init` gives, but that all random arrays are parts of one long one, which is cut up on the host.
+    """What `model.init` gives, but that all arrays of `normal` are parts of one long one, which is cut up on the host.
 
     A generator for each array takes long to compile: of a ResNet-18 and its decoder `jax.jit(model.init)` takes 16 to
-    19 s on two cores of an EPYC, and this 1.0 to 1.2. The distributions are the same, the numbers others.
+    19 s on two cores of an EPYC, and this 1.0 to 1.2. The distributions are the same, the numbers others. Arrays of
+    other initializers than those of this module are computed as `model.init` does, jitted. Not for use within `jax.jit`
+    or another transformation.
 
     Args:
-      model: a module all of whose initializers are of this module.
+      model: a module.
       key: one key.
-      inputs: the model's.
+      inputs: the model's, on the host; of their numbers nothing depends.
 
     Returns:
       The variables, as NumPy arrays.
-
-    Raises:
-      ValueError: there are other initializers, or the model changes what they give, as `nn.scan` and `nn.vmap` do.
     """
     asked: list[_Asked] = []
-    order: list[int] = []
+    places: list[int | None] = []
 
     def trace(key: jax.Array) -> Any:
         with _noting(asked):
             variables = model.init(key, *inputs)
-        places = {id(one.array): place for place, one in enumerate(asked)}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-            if id(leaf) not in places:
-                raise ValueError(
-                    f"{jax.tree_util.keystr(path)} is not of jaxseg.initializers: use the model's own init"
-                )
-            order.append(places[id(leaf)])
+        # What a model changes, as `nn.scan` does, is no longer what was noted.
+        known = {id(one.array): place for place, one in enumerate(asked)}
+        places.extend(known.get(id(leaf)) for leaf in jax.tree.leaves(variables))
+        asked[:] = [one._replace(array=jax.ShapeDtypeStruct(one.array.shape, one.array.dtype)) for one in asked]
         return variables
 
-    variables = jax.eval_shape(trace, key)
+    def others(key: jax.Array) -> list[jax.Array]:
+        leaves = jax.tree.leaves(model.init(jax.random.fold_in(key, 1), *inputs))
+        return [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+
+    structure = jax.tree.structure(jax.eval_shape(trace, key))
+    arrays, rest = _make(key, asked), iter(jax.jit(others)(key) if None in places else ())
+    leaves = [np.array(next(rest)) if place is None else arrays[place] for place in places]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _make(key: jax.Array, asked: list[_Asked]) -> list[np.ndarray]:
     numbers, arrays = _draw(key, sum(one.array.size for one in asked if one.deviation)), []
     for array, mean, deviation in asked:
         if deviation:
             part, numbers = numbers[: array.size], numbers[array.size :]
-            arrays.append((np.float32(deviation) * part).reshape(array.shape).astype(array.dtype))
+            arrays.append((np.float32(deviation) * part).reshape(array.shape).astype(array.dtype, copy=False))
         else:
             arrays.append(np.full(array.shape, mean, array.dtype))
-    return jax.tree.unflatten(jax.tree.structure(variables), [arrays[place] for place in order])
+    return arrays
 
 
 def _draw(key: jax.Array, count: int) -> np.ndarray:
     """At least so many normal numbers, in blocks: all at once the generator would take four times their memory."""
+    if not count:
+        return np.zeros(0, np.float32)
 
     def draw(key: jax.Array) -> jax.Array:
         keys = jax.random.split(key, -(-count // _BLOCK))
@@ -118,8 +130,9 @@ def _draw(key: jax.Array, count: int) -> np.ndarray:
 
 
 def _note(asked: list[_Asked], shape: Shape, dtype: Any, mean: float, deviation: float) -> jax.Array:
-    asked.append(_Asked(jnp.zeros(shape, dtype), mean, deviation))
-    return asked[-1].array
+    array = jnp.zeros(shape, dtype)
+    asked.append(_Asked(array, mean, deviation))
+    return array
 
 
 @contextlib.contextmanager

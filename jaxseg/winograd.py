@@ -150,9 +150,7 @@ def winograd(x: jax.Array, kernel: jax.Array, strides: int, padding: int) -> jax
         kernel = jnp.pad(kernel, ((odd, (odd + len(kernel)) % 2), (0, 0), (0, 0), (0, 0)))
         x, kernel = _pairs_of_rows(x), jnp.moveaxis(_pairs_of_rows(jnp.moveaxis(kernel, 3, 0)), 0, 3)
         before = (padding + odd) // 2
-    # An image of three channels is small; groups for its outputs' sake are slower.
-    groups = _groups_that_pay(x) if strides == 1 else 1
-    return _convolve(x, functools.partial(_of_kernel, kernel), len(kernel), outputs, (before, padding), groups, strides)
+    return _convolve(x, functools.partial(_of_kernel, kernel), len(kernel), outputs, (before, padding), strides)
 
 
 def winograd_input_grad(g: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
@@ -172,7 +170,7 @@ def winograd_input_grad(g: jax.Array, kernel: jax.Array, padding: int) -> jax.Ar
     def kernels(after: jax.Array) -> list[jax.Array]:
         return copies(lambda kernel: kernel[:, ::-1].transpose(0, 1, 3, 2), _of_kernel(kernel[::-1], after))
 
-    return _convolve(g, kernels, taps, outputs, (padding, padding), _groups_that_pay(g))
+    return _convolve(g, kernels, taps, outputs, (padding, padding))
 
 
 def winograd_kernel_grad(x: jax.Array, g: jax.Array, taps: int, padding: int) -> jax.Array:
@@ -217,12 +215,6 @@ def _groups(x: jax.Array | jax.ShapeDtypeStruct) -> int:
 
 def _in_groups(x: jax.Array, groups: int) -> jax.Array:
     return x.reshape(groups, -1, *x.shape[1:])
-
-
-def _groups_that_pay(x: jax.Array) -> int:
-    """The groups of a map that is convolved in some, and otherwise one."""
-    groups = _groups(x)
-    return groups if groups <= _MOST_GROUPS else 1
 
 
 def _tiles(outputs: int, tile: int) -> int:
@@ -283,7 +275,6 @@ def _convolve(
     taps: int,
     outputs: int,
     padding: tuple[int, int],
-    groups: int,
     strides: int = 1,
 ) -> jax.Array:
     """So many rows of outputs, in groups of images, one after the other.
@@ -294,14 +285,18 @@ def _convolve(
     form = _FORMS[taps]
     tile = len(form.of_output)
     tiles = _tiles(outputs, tile)
+    groups = _groups(x)
+    # A stem's image of three channels is small; groups for its outputs' sake are slower.
+    if strides != 1 or groups > _MOST_GROUPS:
+        groups = 1
     of_points: list[jax.Array] = []
     parts: list[jax.Array] = []
     for part in _in_groups(x, groups):
         # A group waits for a zero of the one before. (A `lax.map` would keep the map and the output twice.)
         part = part + 0 * parts[-1][0, 0, 0, 0] if parts else part
         inputs = _sums(form.of_input, _rows(part, tiles, tile, tile + taps - 1, (padding[0], 0), 0.0))
-        # Not before x itself, which XLA may compute anew where it is read: the loop over a kernel's rows would then be
-        # another one in each layer, and be compiled each time.
+        # They wait for the first sum, not for x, whose expression XLA may repeat in the loop over a kernel's rows: that
+        # would then be another one in each layer, and be compiled each time.
         of_points = of_points or kernels(inputs[0])
         products = [_conv_of_rows(x, kernel, padding[1], strides) for x, kernel in zip(inputs, of_points, strict=True)]
         n, _, width, features = products[0].shape
