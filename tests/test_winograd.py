@@ -363,5 +363,6 @@ def test_layers_of_one_shape_have_the_same_loops():
         return {re.sub(r"metadata=\{.*?\}|%[\w.-]+|param_[\d.]+", "", body) for body in bodies}
 
     assert winograd_pays(jnp.zeros((2, 16, 16, 32)), (3, 3, 32, 32), 1, 1)
-    two = loops(2)
-    assert len(two) > 12 and loops(4) == two
+    # A second layer is one more for its input; all others see what the second one does.
+    one, two = loops(1), loops(2)
+    assert len(one) > 12 and len(two - one) <= 2 and loops(4) == two
