@@ -363,6 +363,5 @@ def test_layers_of_one_shape_have_the_same_loops():
         return {re.sub(r"metadata=\{.*?\}|%[\w.-]+|param_[\d.]+", "", body) for body in bodies}
 
     assert winograd_pays(jnp.zeros((2, 16, 16, 32)), (3, 3, 32, 32), 1, 1)
-    # A second layer is one more for its input; all others see what the second one does.
-    one, two = loops(1), loops(2)
-    assert len(one) > 12 and len(two - one) <= 2 and loops(4) == two
+    # Only what is done with a layer's output depends on whether another one follows.
+    assert 12 < len(loops(1)) <= len(loops(4)) <= len(loops(1)) + 2
