@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -105,10 +106,14 @@ def prepare(
     splits = open_splits()
     loader.steps_per_epoch(splits["train"], settings.batch_size)
     at_prior = settings.decoder_init == "prior" and settings.weights_scope == "encoder"
-    if at_prior or settings.class_weights != "none":
-        counts = count_classes(splits["train"], labels.num_classes)
-    variables = initialise(model, weights, settings.seed, counts.sum(0) if at_prior else None)
+    with ThreadPoolExecutor(1) as beside:
+        drawing = beside.submit(initialise, model, weights, settings.seed)
+        if at_prior or settings.class_weights != "none":
+            counts = count_classes(splits["train"], labels.num_classes)
+    variables = drawing.result()
     if at_prior:
+        params = variables["params"]
+        params["decoder"] = start_at_prior(params["decoder"], counts.sum(0))
         print("decoder: its first guess is the classes' frequencies (--decoder-init prior)")
     class_weights = None
     if settings.class_weights != "none":
@@ -150,14 +155,13 @@ def load_weights(model: nn.Module, settings: Settings) -> Any:
     return {name: {"encoder": tree} for name, tree in encoder.items()}
 
 
-def initialise(model: nn.Module, weights: Any, seed: int, counts: np.ndarray | None) -> Any:
+def initialise(model: nn.Module, weights: Any, seed: int) -> Any:
     """The model's variables: what the weights hold, and else random from the seed.
 
     Args:
       model: the segmenter.
       weights: {'params', 'batch_stats'}, each of 'encoder' and 'decoder' those that are known.
       seed: of the random numbers.
-      counts: (num_classes,) int64 pixels of each class, for a decoder that starts at the prior, or None.
 
     Returns:
       {'params', 'batch_stats'} of NumPy arrays.
@@ -169,12 +173,8 @@ def initialise(model: nn.Module, weights: Any, seed: int, counts: np.ndarray | N
     if weights["params"]:  # the encoder's: the decoder's alone are to be drawn
         features = jax.eval_shape(lambda: model.apply(weights, _IMAGE, method="encode"))
         drawn = initializers.init(model.decoder, key, np.zeros(features.shape, features.dtype))
-        variables = {name: {"decoder": drawn.get(name, {}), **tree} for name, tree in weights.items()}
-    else:
-        variables = initializers.init(model, key, _IMAGE)
-    if counts is not None:
-        variables["params"]["decoder"] = start_at_prior(variables["params"]["decoder"], counts)
-    return variables
+        return {name: {"decoder": drawn.get(name, {}), **tree} for name, tree in weights.items()}
+    return initializers.init(model, key, _IMAGE)
 
 
 def count_classes(source: Any, num_classes: int) -> np.ndarray:

@@ -483,7 +483,8 @@ def test_batch_norm_is_synchronised_in_both_models(folder, tmp_path, monkeypatch
     improved.main(arguments(folder, tmp_path / "run"))
     assert started[1][1](2, 0.1).axis_name == AXIS
     # Only the model is looked at.
-    monkeypatch.setattr("experiments.prepare.initialise", lambda *_: {})
+    monkeypatch.setattr("experiments.prepare.initialise", lambda *_: {"params": {"decoder": {}}})
+    monkeypatch.setattr("experiments.prepare.start_at_prior", lambda *_: {})
     for settings, make_decoder in started:
         assert prepare(settings, make_decoder).make_model(0.1).encoder.axis_name == AXIS
 

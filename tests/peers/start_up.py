@@ -11,9 +11,13 @@ import tempfile
 import time
 
 
-def run_to_first_step(argv: list[str]) -> None:
-    """Ends the process when the first step is done."""
+def run_to_first_step() -> None:
+    """Does what the command does, and ends the process when the first step is done."""
     from experiments import baseline
+    from experiments.memory import keep_freed_memory
+
+    # As the command does. What is replaced below needs jax, which takes long to import: not twice.
+    keep_freed_memory(may_restart=True)
     from jaxseg import train
 
     def first_step_done(epoch, step, metrics, index):
@@ -22,7 +26,7 @@ def run_to_first_step(argv: list[str]) -> None:
         os._exit(0)
 
     train._step_done = first_step_done
-    sys.exit(baseline.main(argv))
+    sys.exit(baseline.main())
 
 
 def main(argv: list[str]) -> None:
@@ -36,4 +40,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_to_first_step(sys.argv[1:]) if "BEGAN" in os.environ else main(sys.argv[1:])
+    run_to_first_step() if "BEGAN" in os.environ else main(sys.argv[1:])
