@@ -7,7 +7,7 @@ from experiments.memory import keep_freed_memory
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the experiment with the given arguments, or the command line's; returns the exit code."""
-    # It may start the program again, and so comes first, but not to explain the options.
+    # It may start the program again, and so comes before what takes time, but not to explain the options.
     keep_freed_memory(may_restart=argv is None and not {"-h", "--help"} & set(sys.argv))
     from experiments.settings import parse
 

@@ -14,13 +14,15 @@ from flax import linen as nn
 Shape = tuple[int, ...]
 # How many numbers are drawn at once.
 _BLOCK = 2**18
+# Blocks have the keys of 0, 1, ...
+_NO_BLOCK = 2**32 - 1
 # Of the program that draws them: fully optimised it compiles for half as long again, and not at all it runs nine times
 # as long.
 _OPTIMISED_LITTLE = {"xla_backend_optimization_level": 1}
 
 
 class _Asked(NamedTuple):
-    """What an initializer was asked for: an array that stands for it, and the distribution of its numbers."""
+    """What an initializer was asked for: the array that it gave, later its shape, and how its numbers lie."""
 
     array: jax.Array | jax.ShapeDtypeStruct
     mean: float
@@ -38,9 +40,7 @@ def normal(deviation: Callable[[Shape], float]) -> nn.initializers.Initializer:
     """
 
     def draw(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-        if (asked := _ASKED.get()) is not None:
-            return _note(asked, shape, dtype, 0.0, deviation(shape))
-        return (deviation(shape) * jax.random.normal(key, shape)).astype(dtype)
+        return _note((deviation(shape) * jax.random.normal(key, shape)).astype(dtype), 0.0, deviation(shape))
 
     return draw
 
@@ -53,9 +53,7 @@ def constant(value: float) -> nn.initializers.Initializer:
     """
 
     def fill(key: jax.Array | None, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-        if (asked := _ASKED.get()) is not None:
-            return _note(asked, shape, dtype, value, 0.0)
-        return jnp.full(shape, value, dtype)
+        return _note(jnp.full(shape, value, dtype), value, 0.0)
 
     return fill
 
@@ -69,17 +67,17 @@ def lecun_normal() -> nn.initializers.Initializer:
 
 
 def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
-    """What `model.init` gives, but that all arrays of `normal` are parts of one long one, which is cut up on the host.
+    """What `model.init` gives, but made on the host: all arrays of `normal` are parts of one long one, cut up there.
 
     A generator for each array takes long to compile: of a ResNet-18 and its decoder `jax.jit(model.init)` takes 16 to
     19 s on two cores of an EPYC, and this 1.0 to 1.2. The distributions are the same, the numbers others. Arrays of
-    other initializers than those of this module are computed as `model.init` does, jitted. Not for use within `jax.jit`
-    or another transformation.
+    other initializers than those of this module are those of `model.init`, jitted, with a key of its own. Not for use
+    within `jax.jit` or another transformation.
 
     Args:
       model: a module.
       key: one key.
-      inputs: the model's, on the host; of their numbers nothing depends.
+      inputs: the model's, on the host.
 
     Returns:
       The variables, as NumPy arrays.
@@ -97,7 +95,7 @@ def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
         return variables
 
     def others(key: jax.Array) -> list[jax.Array]:
-        leaves = jax.tree.leaves(model.init(jax.random.fold_in(key, 1), *inputs))
+        leaves = jax.tree.leaves(model.init(jax.random.fold_in(key, _NO_BLOCK), *inputs))
         return [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
 
     structure = jax.tree.structure(jax.eval_shape(trace, key))
@@ -129,9 +127,10 @@ def _draw(key: jax.Array, count: int) -> np.ndarray:
     return np.asarray(jax.jit(draw, compiler_options=_OPTIMISED_LITTLE)(key)).ravel()
 
 
-def _note(asked: list[_Asked], shape: Shape, dtype: Any, mean: float, deviation: float) -> jax.Array:
-    array = jnp.zeros(shape, dtype)
-    asked.append(_Asked(array, mean, deviation))
+def _note(array: jax.Array, mean: float, deviation: float) -> jax.Array:
+    """The array; noted as it is, and no mere place for it, since JAX may keep the trace that it is in."""
+    if (asked := _ASKED.get()) is not None:
+        asked.append(_Asked(array, mean, deviation))
     return array
 
 

@@ -63,7 +63,7 @@ def test_each_kernel_has_its_own_deviation(variables):
         assert stats.kstest(sample, "norm").pvalue > 1e-4, name
 
 
-def test_no_numbers_are_others(variables):
+def test_no_numbers_come_twice(variables):
     """Rounded after each kernel's deviation is taken out, three numbers in a row hardly ever come again by chance."""
     drawn = kernels(variables).items()
     numbers = np.concatenate([kernel.ravel() / np.float32(expected_deviation(name, kernel)) for name, kernel in drawn])
@@ -123,11 +123,17 @@ class Scanned(nn.Module):
         return layers(nn.Dense(2, kernel_init=constant(1.0), bias_init=constant(0.0), name="dense"), x, None)[0]
 
 
-@pytest.mark.parametrize("model", [nn.Dense(2), dense(nn.initializers.ones), Scanned()])
+KEPT_TRACE = jax.jit(normal(lambda shape: 1.0), static_argnums=(1, 2))
+
+
+@pytest.mark.parametrize("model", [nn.Dense(2), dense(nn.initializers.ones), Scanned(), dense(KEPT_TRACE)])
 def test_what_is_not_of_these_initializers_is_as_the_model_makes_it(model):
     key, x = jax.random.key(0), np.ones((1, 2))
-    expected = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.fold_in(key, 1), x))
     got = init(model, key, x)
+    own = jax.random.fold_in(key, 2**32 - 1)
+    assert (jax.random.key_data(own) != jax.random.key_data(jax.random.split(key, 99))).any(1).all()
+    expected = jax.tree.map(np.asarray, model.init(own, x))
+    assert np.all(expected["params"].get("kernel", 1))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(got))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental import serialize_executable
 
+from experiments import baseline, improved
 from jaxseg import memory, train
 
 CODE = """
@@ -208,3 +209,18 @@ def test_a_first_call_that_was_broken_off_can_be_made_again():
     with pytest.raises(TypeError):
         call(jnp.zeros(4))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("module", [baseline, improved])
+@pytest.mark.parametrize(("option", "may_restart"), [("--no-such-option", True), ("--help", False)])
+def test_a_command_starts_again_before_its_options_are_read_but_not_to_explain_them(
+    module, option, may_restart, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(
+        module, "keep_freed_memory", lambda may_restart: asked.append((may_restart, capsys.readouterr()))
+    )
+    monkeypatch.setattr("sys.argv", ["program", option])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert asked == [(may_restart, ("", ""))] and capsys.readouterr() != ("", "")
