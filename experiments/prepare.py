@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -106,11 +105,9 @@ def prepare(
     splits = open_splits()
     loader.steps_per_epoch(splits["train"], settings.batch_size)
     at_prior = settings.decoder_init == "prior" and settings.weights_scope == "encoder"
-    with ThreadPoolExecutor(1) as beside:
-        drawing = beside.submit(initialise, model, weights, settings.seed)
-        if at_prior or settings.class_weights != "none":
-            counts = count_classes(splits["train"], labels.num_classes)
-    variables = drawing.result()
+    if at_prior or settings.class_weights != "none":
+        counts = count_classes(splits["train"], labels.num_classes)
+    variables = initialise(model, weights, settings.seed)
     if at_prior:
         params = variables["params"]
         params["decoder"] = start_at_prior(params["decoder"], counts.sum(0))
