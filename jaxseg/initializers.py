@@ -70,9 +70,9 @@ def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
     """What `model.init` gives, but made on the host: all arrays of `normal` are parts of one long one, cut up there.
 
     A generator for each array takes long to compile: of a ResNet-18 and its decoder `jax.jit(model.init)` takes 16 to
-    19 s on two cores of an EPYC, and this 1.0 to 1.2. The distributions are the same, the numbers others. Arrays of
-    other initializers than those of this module are those of `model.init`, jitted, with a key of its own. Not for use
-    within `jax.jit` or another transformation.
+    19 s on two cores of an EPYC, and this some 1.5. The distributions are the same, the numbers others. Arrays of other
+    initializers than those of this module are those of `model.init`, jitted, with a key of its own. Not for use within
+    `jax.jit` or another transformation.
 
     Args:
       model: a module.

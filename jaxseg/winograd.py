@@ -257,7 +257,7 @@ def _transpose(weights: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
 
 
 def _of_kernel(kernel: jax.Array, after: jax.Array) -> list[jax.Array]:
-    """(K, L, C, O) -> for each point (1, L, C, O), which XLA does not compute before `after`, and keep."""
+    """(K, L, C, O) -> for each point (1, L, C, O), which XLA cannot compute before `after`, to keep them."""
     zero = 0 * after[0, 0, 0, 0]
     return _sums(_FORMS[len(kernel)].of_kernel, [row + zero for row in jnp.split(kernel, len(kernel))])
 
