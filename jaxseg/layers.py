@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors
 from flax import linen as nn
 
 from jaxseg.convolution import conv, conv_transpose
@@ -15,6 +16,18 @@ from jaxseg.initializers import constant, lecun_normal, normal
 
 # An output pixel of a k4 s2 transposed convolution sees 2x2 of the 16 taps; Flax's own initialisers count all 16.
 _TAPS = 4
+
+
+def _param(
+    module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    """What `module.param` gives; that would trace the initializer each time, to compare its shape with the array's."""
+    value: Any = module.get_variable("params", name)
+    if value is None:
+        return module.param(name, initializer, shape, dtype)
+    if value.shape != shape:
+        raise errors.ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
+    return value
 
 
 class Conv(nn.Module):
@@ -44,11 +57,11 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer to x: (N, H, W, C) float."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        kernel = _param(self, "kernel", self.kernel_init, shape, self.param_dtype)
         y = conv(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.padding)
         if not self.use_bias:
             return y
-        return y + self.param("bias", constant(0.0), (self.features,), self.param_dtype).astype(self.dtype)
+        return y + _param(self, "bias", constant(0.0), (self.features,), self.param_dtype).astype(self.dtype)
 
 
 # Standard deviation sqrt(2 / (4 C)) of a (4, 4, C, O) kernel: a ReLU halves what this doubles.
@@ -73,7 +86,7 @@ class ConvTranspose(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer to x: (N, H, W, C) float."""
-        kernel = self.param("kernel", self.kernel_init, (4, 4, x.shape[-1], self.features), self.param_dtype)
+        kernel = _param(self, "kernel", self.kernel_init, (4, 4, x.shape[-1], self.features), self.param_dtype)
         return conv_transpose(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
@@ -105,8 +118,8 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer to x: (..., C) float."""
         shape = x.shape[-1:]
-        scale = self.param("scale", constant(1.0), shape, jnp.float32)
-        bias = self.param("bias", constant(0.0), shape, jnp.float32)
+        scale = _param(self, "scale", constant(1.0), shape, jnp.float32)
+        bias = _param(self, "bias", constant(0.0), shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", constant(0.0), None, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", constant(1.0), None, shape, jnp.float32)
         if self.use_running_average:

@@ -65,7 +65,6 @@ class Segmenter(nn.Module):
         self,
         image: jnp.ndarray,
         train: bool = False,
-        freeze_encoder: bool = False,
         keys: jax.Array | None = None,
         size: jax.Array | None = None,
     ) -> jnp.ndarray:
@@ -74,8 +73,6 @@ class Segmenter(nn.Module):
         Args:
           image: (N, H, W, 3) uint8; any H and W from 1 up.
           train: batch norm uses, and updates, the batch's statistics.
-          freeze_encoder: the encoder's batch norm keeps its running statistics even in training, and no gradient
-            reaches the encoder, so that its backward pass is never computed.
           keys: (N,) keys, one for each image, for what the decoder draws in training (dropout); None: it draws nothing.
           size: (N, 2) integer, the height and width of each image, where it lies in the corner of a larger canvas: the
             logits within it are those of the image alone. See `jaxseg.data.canvases`.
@@ -83,9 +80,7 @@ class Segmenter(nn.Module):
         Returns:
           logits: (N, H, W, num_classes) float32.
         """
-        features = self.encode(image, train=train and not freeze_encoder, size=size)
-        if freeze_encoder:
-            features = jax.lax.stop_gradient(features)
+        features = self.encode(image, train=train, size=size)
         height, width = image.shape[1:3]
         with _on_their_own(size, (features.shape[1] * STRIDE, features.shape[2] * STRIDE)):
             return self.decode(features, (height, width), train=train, keys=keys)

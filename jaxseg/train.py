@@ -159,7 +159,8 @@ def train_step(
       key: the run's, the same for all steps; see `image_keys`.
       model: the segmenter; its batch norm must average over the same `axis_name`.
       tx: the stage's optimizer, that of `state.opt_state`.
-      freeze_encoder: see `Segmenter`.
+      freeze_encoder: the encoder's batch norm uses, and keeps, its running statistics, and no gradient reaches it: its
+        backward pass is never computed. `tx` must freeze its parameters.
       max_degrees: see `jaxseg.augment.random_rotate`; with 0 no image is touched.
       flip: whether `jaxseg.augment.random_flip` is applied.
       jitter: see `jaxseg.augment.random_jitter`; with zeros no image is touched.
@@ -183,13 +184,19 @@ def train_step(
     if max_degrees:
         image, label = jax.vmap(random_rotate, (0, 0, 0, None))(for_rotation, image, label, max_degrees)
 
+    features = batch.get("features")
+    # Not within what is differentiated: what a frozen encoder gives is a constant.
+    if freeze_encoder and features is None:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        features = encode_step(variables, {"image": image}, model=model)
+
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         options: dict[str, Any] = {"train": True, "keys": for_dropout, "mutable": ["batch_stats"]}
-        if "features" in batch:
-            logits, updates = model.apply(variables, batch["features"], label.shape[1:], method="decode", **options)
+        if features is None:
+            logits, updates = model.apply(variables, image, **options)
         else:
-            logits, updates = model.apply(variables, image, freeze_encoder=freeze_encoder, **options)
+            logits, updates = model.apply(variables, features, label.shape[1:], method="decode", **options)
         loss = pixel_cross_entropy(logits, label, axis_name=axis_name, class_weights=class_weights)
         return loss, updates["batch_stats"]
 

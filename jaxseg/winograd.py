@@ -244,10 +244,13 @@ def _sums(weights: Sequence[Sequence[float]], terms: Sequence[jax.Array]) -> lis
     """For each of the weights' rows the terms' sum."""
 
     def total(weights: Sequence[float]) -> jax.Array:
+        # Not jnp's operators, which take longer to trace: a network has a thousand of these.
         weighted = [
-            term if weight == 1 else weight * term for weight, term in zip(weights, terms, strict=True) if weight
+            term if weight == 1 else jax.lax.mul(float(weight), term)
+            for weight, term in zip(weights, terms, strict=True)
+            if weight
         ]
-        return functools.reduce(jnp.add, weighted)
+        return functools.reduce(jax.lax.add, weighted)
 
     return [total(row) for row in weights]
 

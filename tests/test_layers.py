@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors
 from flax import linen as nn
 
 from jaxseg import cpu
@@ -711,6 +712,30 @@ def test_layers_equal_the_recorded_numbers_of_pytorch():
     )
     pooled = (numbers["pool_output"], numbers["pool_x_gradient"])
     check_max_pool(numbers["pool_x"], numbers["pool_gradient"], pooled)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **kernel: Conv(3, (4, 4), **kernel), lambda **kernel: ConvTranspose(3, **kernel)]
+)
+def test_an_array_that_is_there_is_taken_if_it_fits_and_nothing_is_drawn(make):
+    x, drawn = jnp.ones((1, 4, 4, 2)), []
+
+    def draw(key, shape, dtype):
+        drawn.append(shape)
+        return jnp.ones(shape, dtype)
+
+    layer = make(kernel_init=draw)
+    variables = layer.init(jax.random.key(0), x)
+    assert drawn == [(4, 4, 2, 3)]
+    assert (
+        layer.apply({"params": {"kernel": 2 * variables["params"]["kernel"]}}, x).max()
+        == 2 * layer.apply(variables, x).max()
+    )
+    assert len(drawn) == 1
+    with pytest.raises(errors.ScopeParamShapeError, match=r"\(4, 4, 2, 5\)"):
+        layer.apply({"params": {"kernel": jnp.ones((4, 4, 2, 5))}}, x)
+    with pytest.raises(errors.ScopeParamNotFoundError):
+        layer.apply({"params": {"other": jnp.ones(3)}}, x)
 
 
 def record():
