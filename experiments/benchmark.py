@@ -452,6 +452,7 @@ def _break_down(load: Any, settings: Settings) -> list[dict[str, Any]]:
     import numpy as np
 
     from experiments import works
+    from jaxseg import initializers
     from jaxseg.cpu import compiler_options
     from jaxseg.layers import max_pool
     from jaxseg.losses import pixel_cross_entropy
@@ -500,8 +501,8 @@ def _break_down(load: Any, settings: Settings) -> list[dict[str, Any]]:
     logits = jax.random.normal(jax.random.key(0), (*size, load.num_classes))
     label = jnp.asarray(np.random.default_rng(0).integers(0, load.num_classes, size))
     rows.append(row("loss", lambda _, logits: pixel_cross_entropy(logits, label), {}, logits))
-    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
-    params = jax.jit(works.make_model(load).init)(jax.random.key(0), image)["params"]
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    params = jax.device_put(initializers.init(works.make_model(load), jax.random.key(0), image)["params"])
     tx = make_optimizer(1e-3, freeze_encoder=False)
     update = {"name": "Adam", "input": [sum(leaf.size for leaf in jax.tree.leaves(params))], "gflop": 0.0}
     update |= {"forward_ms": milliseconds(tx.update, params, tx.init(params), params)}

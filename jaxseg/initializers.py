@@ -1,4 +1,4 @@
-"""Initializers, and a model's first variables, made on the host of random numbers that are drawn all at once."""
+"""Initializers, and a model's first variables, made on the host."""
 
 import contextlib
 import contextvars
@@ -12,13 +12,6 @@ import numpy as np
 from flax import linen as nn
 
 Shape = tuple[int, ...]
-# How many numbers are drawn at once.
-_BLOCK = 2**18
-# Blocks have the keys of 0, 1, ...
-_NO_BLOCK = 2**32 - 1
-# Of the program that draws them: fully optimised it compiles for half as long again, and not at all it runs nine times
-# as long.
-_OPTIMISED_LITTLE = {"xla_backend_optimization_level": 1}
 
 
 class _Asked(NamedTuple):
@@ -30,6 +23,8 @@ class _Asked(NamedTuple):
 
 
 _ASKED: contextvars.ContextVar[list[_Asked] | None] = contextvars.ContextVar("asked", default=None)
+# JAX keeps what it traces within apart from all else: arrays that are only noted are never another's numbers.
+_noted_only = jax.make_user_context(False)
 
 
 def normal(deviation: Callable[[Shape], float]) -> nn.initializers.Initializer:
@@ -40,7 +35,9 @@ def normal(deviation: Callable[[Shape], float]) -> nn.initializers.Initializer:
     """
 
     def draw(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-        return _note((deviation(shape) * jax.random.normal(key, shape)).astype(dtype), 0.0, deviation(shape))
+        if _ASKED.get() is not None:
+            return _note(jnp.zeros(shape, dtype), 0.0, deviation(shape))
+        return (deviation(shape) * jax.random.normal(key, shape)).astype(dtype)
 
     return draw
 
@@ -67,10 +64,10 @@ def lecun_normal() -> nn.initializers.Initializer:
 
 
 def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
-    """What `model.init` gives, but made on the host: all arrays of `normal` are parts of one long one, cut up there.
+    """What `model.init` gives, but drawn on the host, by NumPy: nothing is compiled.
 
     A generator for each array takes long to compile: of a ResNet-18 and its decoder `jax.jit(model.init)` takes 16 to
-    19 s on two cores of an EPYC, and this some 1.5. The distributions are the same, the numbers others. Arrays of other
+    19 s on two cores of an EPYC, and this some 0.5. The distributions are the same, the numbers others. Arrays of other
     initializers than those of this module are those of `model.init`, jitted, with a key of its own. Not for use within
     `jax.jit` or another transformation.
 
@@ -95,40 +92,29 @@ def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
         return variables
 
     def others(key: jax.Array) -> list[jax.Array]:
-        leaves = jax.tree.leaves(model.init(jax.random.fold_in(key, _NO_BLOCK), *inputs))
+        leaves = jax.tree.leaves(model.init(key, *inputs))
         return [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
 
     structure = jax.tree.structure(jax.eval_shape(trace, key))
-    arrays, rest = _make(key, asked), iter(jax.jit(others)(key) if None in places else ())
+    arrays, rest = _draw(key, asked), iter(jax.jit(others)(key) if None in places else ())
     leaves = [np.array(next(rest)) if place is None else arrays[place] for place in places]
     return jax.tree.unflatten(structure, leaves)
 
 
-def _make(key: jax.Array, asked: list[_Asked]) -> list[np.ndarray]:
-    numbers, arrays = _draw(key, sum(one.array.size for one in asked if one.deviation)), []
-    for array, mean, deviation in asked:
-        if deviation:
-            part, numbers = numbers[: array.size], numbers[array.size :]
-            arrays.append((np.float32(deviation) * part).reshape(array.shape).astype(array.dtype, copy=False))
-        else:
-            arrays.append(np.full(array.shape, mean, array.dtype))
-    return arrays
+def _draw(key: jax.Array, asked: list[_Asked]) -> list[np.ndarray]:
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
 
+    def draw(array: jax.Array | jax.ShapeDtypeStruct, mean: float, deviation: float) -> np.ndarray:
+        if not deviation:
+            return np.full(array.shape, mean, array.dtype)
+        numbers = np.float32(deviation) * generator.standard_normal(array.shape, np.float32)
+        return numbers.astype(array.dtype, copy=False)
 
-def _draw(key: jax.Array, count: int) -> np.ndarray:
-    """At least so many normal numbers, in blocks: all at once the generator would take four times their memory."""
-    if not count:
-        return np.zeros(0, np.float32)
-
-    def draw(key: jax.Array) -> jax.Array:
-        keys = jax.random.split(key, -(-count // _BLOCK))
-        return jax.lax.map(lambda key: jax.random.normal(key, (_BLOCK,)), keys)
-
-    return np.asarray(jax.jit(draw, compiler_options=_OPTIMISED_LITTLE)(key)).ravel()
+    return [draw(*one) for one in asked]
 
 
 def _note(array: jax.Array, mean: float, deviation: float) -> jax.Array:
-    """The array; noted as it is, and no mere place for it, since JAX may keep the trace that it is in."""
+    """The array; noted, if that is asked for."""
     if (asked := _ASKED.get()) is not None:
         asked.append(_Asked(array, mean, deviation))
     return array
@@ -138,6 +124,7 @@ def _note(array: jax.Array, mean: float, deviation: float) -> jax.Array:
 def _noting(asked: list[_Asked]) -> Iterator[None]:
     token = _ASKED.set(asked)
     try:
-        yield
+        with _noted_only(True):
+            yield
     finally:
         _ASKED.reset(token)

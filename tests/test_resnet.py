@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.settings import Settings
+from jaxseg import initializers
 from jaxseg.pretrained import convert_resnet, encoder_shapes, load_encoder, to_torch
 from jaxseg.resnet import VARIANTS, BasicBlock, Bottleneck, ResNet
 from jaxseg.segmenter import normalise
@@ -141,7 +142,7 @@ def test_batch_statistics_are_those_of_all_devices(monkeypatch):
     monkeypatch.setitem(VARIANTS, "resnet18", (BasicBlock, (1, 1, 1, 1)))
     model = ResNet(axis_name="batch")
     image = np.stack([random_image(40, 56)[0] * (index + 1) / 4 for index in range(4)])
-    variables = jax.jit(model.init)(jax.random.key(0), image[:1])
+    variables = initializers.init(model, jax.random.key(0), image[:1])
 
     def features_of(parts):
         apply = jax.vmap(
