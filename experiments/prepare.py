@@ -41,6 +41,10 @@ def make_improved(num_classes: int, dropout_rate: float) -> ImprovedDecoder:
     return ImprovedDecoder(num_classes, dropout_rate=dropout_rate, axis_name=train.AXIS)
 
 
+# By experiment.
+DECODERS: dict[str, MakeDecoder] = {"baseline": make_baseline, "improved": make_improved}
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What a run is made of once everything is opened and checked.

@@ -21,7 +21,7 @@ from experiments.processes import Agreement, Mistake, Processes, start
 from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, to_json
 from experiments.stages import Records, resume, share_resumed, train_stages
-from experiments.stop import Stop, Terminated, catch_signals, interrupted_by_sigterm
+from experiments.stop import Stop, Terminated, catch_signals, interrupted_by_signals
 from experiments.workdir import check_workdir, claim_workdir, differ
 from jaxseg import boundary, checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
@@ -60,9 +60,12 @@ def work_together(settings: Settings, work: Callable[[Processes, Settings], int 
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped before anything began", file=sys.stderr)
+        return 130
     try:
         # Not jax.config.update: what is compiled already would then be searched no more.
-        with processes.silence_others(), interrupted_by_sigterm(), jax.debug_nans(settings.debug_nans):
+        with processes.silence_others(), interrupted_by_signals(), jax.debug_nans(settings.debug_nans):
             code = work_in(processes, settings, work)
     except BrokenPipeError:  # whoever read what is printed has enough of it, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

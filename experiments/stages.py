@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -172,7 +173,8 @@ def train_one_stage(
     steps = loader.steps_per_epoch(run.splits["train"], settings.batch_size)
     done = (progress.epoch - 1) * steps + progress.updates
     variables, step = {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
-    first_step, rates = step - done, _learning_rates(run, number)
+    # For the log, once there is something to log: the device has work by then.
+    first_step, rates = step - done, functools.cache(lambda: _learning_rates(run, number))
     losses, saved = _losses_so_far(settings.workdir, progress) if log else [], time.perf_counter()
     began = saved - progress.seconds
 
@@ -187,7 +189,8 @@ def train_one_stage(
             progress = _save(records, stage, train.Halfway(*place, state), progress)
         return variables, step, progress
     batches = _batches(run, number, done, features)
-    key, model = jax.random.fold_in(jax.random.key(settings.seed), 1), run.make_model(settings.dropout[number - 1])
+    # Nothing else is drawn from this key: NumPy draws the first variables.
+    key, model = jax.random.key(settings.seed), run.make_model(settings.dropout[number - 1])
     events = train.run_stage(
         model, tx, state, stage, key, batches, steps, evaluate, run.devices, start=place, wants_state=wants_state
     )
@@ -199,7 +202,7 @@ def train_one_stage(
                 losses.append(event.loss)
                 last_update = event
                 if log:
-                    log.step(number, event.epoch, event.step, event.loss, float(rates[event.step - 1 - first_step]))
+                    log.step(number, event.epoch, event.step, event.loss, float(rates()[event.step - 1 - first_step]))
                 bar.update(settings.batch_size)
                 bar.set_postfix(loss=f"{event.loss:.3f}", refresh=False)
                 continue
@@ -243,7 +246,7 @@ def _make_optimizer(run: Run, number: int) -> optax.GradientTransformation:
 def _learning_rates(run: Run, number: int) -> np.ndarray:
     """The learning rate of each of a stage's updates, for the log.
 
-    All at once: asked in the loop, a schedule would be computed on the device, behind its queue.
+    All at once: asked for each update, a schedule would be computed on the device, each time behind its queue.
     """
     rate, steps = _schedule(run, number)
     return np.broadcast_to(np.asarray(jax.jit(rate)(np.arange(steps))), steps)
@@ -293,7 +296,7 @@ def _save(records: Records, stage: train.Stage, event: train.EpochDone | train.H
 
 
 def _explain(
-    events: Iterator, run: Run, stage: train.Stage, first_step: int, rates: np.ndarray
+    events: Iterator, run: Run, stage: train.Stage, first_step: int, rates: Callable[[], np.ndarray]
 ) -> Iterator[train.StepDone | train.EpochDone | train.Halfway]:
     """Passes the events on; says of a loss that is not finite what a person needs to look for the cause."""
     try:
@@ -308,7 +311,7 @@ def _explained(
     run: Run,
     stage: train.Stage,
     first_step: int,
-    rates: np.ndarray,
+    rates: Callable[[], np.ndarray],
     update: train.StepDone | train.NonFiniteLossError | None,
 ) -> Iterator[None]:
     """Adds the learning rate and the images of an update to what a FloatingPointError within says."""
@@ -321,7 +324,7 @@ def _explained(
         names = [run.splits["train"][int(place)]["name"] for place in index[:_SHOWN]]
         more = ", ..." if len(index) > _SHOWN else ""
         raise DivergedError(
-            f"{error} ({stage.name}, learning rate {rates[update.step - 1 - first_step]:g}; images {', '.join(names)}"
+            f"{error} ({stage.name}, learning rate {rates()[update.step - 1 - first_step]:g}; images {', '.join(names)}"
             f"{more}): lower the learning rate, look at these images, or find the operation with --debug-nans",
             update.step,
         ) from None

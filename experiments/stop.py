@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
-from signal import SIGINT, SIGTERM, Signals
+from signal import SIGINT, SIGTERM, Signals, default_int_handler, getsignal
 from signal import signal as set_handler
 from typing import Any
 
@@ -61,18 +61,29 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, where nothing is to be saved."""
 
 
+class _Interrupt:
+    """A handler that raises; and remembers, for what is raised while Python cleans something up is lost."""
+
+    asked: type[KeyboardInterrupt] | None = None
+
+    def __call__(self, number: int, _: Any) -> None:
+        self.asked = Terminated if number == SIGTERM else KeyboardInterrupt
+        raise self.asked
+
+
 @contextlib.contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Within it SIGTERM interrupts, as Ctrl-C does: raises Terminated."""
-
-    def interrupt(number: int, _: Any) -> None:
-        raise Terminated
-
-    before = set_handler(SIGTERM, interrupt)
+def interrupted_by_signals() -> Iterator[None]:
+    """Within it SIGTERM interrupts, as Ctrl-C does: raises Terminated. What was lost `catch_signals` raises again."""
+    interrupt, before = _Interrupt(), {SIGTERM: getsignal(SIGTERM)}
+    if getsignal(SIGINT) is default_int_handler:  # not where it is ignored, as in the background of a shell
+        before[SIGINT] = default_int_handler
+    for number in before:
+        set_handler(number, interrupt)
     try:
         yield
     finally:
-        set_handler(SIGTERM, before)
+        for number, handler in before.items():
+            set_handler(number, handler)
 
 
 @contextlib.contextmanager
@@ -93,6 +104,9 @@ def catch_signals(agreement: Any = None) -> Iterator[Stop]:
     for number in (SIGINT, SIGTERM):
         before[number] = set_handler(number, ask)
     try:
+        for handler in before.values():
+            if isinstance(handler, _Interrupt) and handler.asked:
+                raise handler.asked
         yield stop
     finally:
         put_back()

@@ -126,10 +126,10 @@ def work_until_stopped(work: Callable[[], int]) -> int:
     """
     import jax
 
-    from experiments.stop import Terminated, interrupted_by_sigterm
+    from experiments.stop import Terminated, interrupted_by_signals
 
     try:
-        with interrupted_by_sigterm():
+        with interrupted_by_signals():
             return work()
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

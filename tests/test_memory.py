@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.experimental import serialize_executable
 
-from experiments import baseline, improved
+from experiments import baseline, improved, start
+from experiments.memory import collecting_nothing_imported
 from jaxseg import memory, train
 
 CODE = """
@@ -218,9 +219,29 @@ def test_a_command_starts_again_before_its_options_are_read_but_not_to_explain_t
 ):
     asked = []
     monkeypatch.setattr(
-        module, "keep_freed_memory", lambda may_restart: asked.append((may_restart, capsys.readouterr()))
+        start, "keep_freed_memory", lambda may_restart: asked.append((may_restart, capsys.readouterr()))
     )
     monkeypatch.setattr("sys.argv", ["program", option])
     with pytest.raises(SystemExit):
         module.main()
     assert asked == [(may_restart, ("", ""))] and capsys.readouterr() != ("", "")
+
+
+def test_the_collector_leaves_what_was_imported_alone():
+    frozen = gc.get_freeze_count()
+    try:
+        with collecting_nothing_imported():
+            assert not gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize("interrupted", ["experiments.settings.parse", "experiments.run.start"])
+def test_ctrl_c_before_anything_began_is_told_in_a_line(interrupted, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupted, interrupt)
+    assert baseline.main(["--dataset", "folder:nowhere", "--num-classes", "2", "--weights", "none"]) == 130
+    assert capsys.readouterr().err == "\nstopped before anything began\n"

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from experiments.stop import Terminated, catch_signals, interrupted_by_sigterm
+from experiments.stop import Terminated, catch_signals, interrupted_by_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -34,12 +34,50 @@ def test_a_second_ctrl_c_interrupts():
 
 def test_sigterm_interrupts_where_nothing_is_to_be_saved():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated), interrupted_by_sigterm():
+    with pytest.raises(Terminated), interrupted_by_signals():
         with catch_signals() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.signal is signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Interrupting:
+    """Raises, and the interruption is lost, as that of any `__del__` is."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_an_interruption_that_was_lost_comes_before_the_training(number, kind):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interrupted_by_signals():
+            Interrupting(number)
+            with pytest.raises(kind) as raised, catch_signals():
+                pytest.fail("it went on")
+            assert raised.type is kind
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        # What was not asked within is not told.
+        with interrupted_by_signals(), catch_signals() as stop:
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupted_by_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_without_a_signal_the_handlers_come_back():
