@@ -24,6 +24,8 @@ from jaxseg.segmenter import STRIDE, Segmenter
 
 # Of the smallest size; what a model's parameters are does not depend on it.
 _IMAGE = np.zeros((1, STRIDE, STRIDE, 3), np.uint8)
+# Images.
+_COUNTED_AT_ONCE = 32
 
 # (num_classes, dropout_rate) -> decoder.
 MakeDecoder = Callable[[int, float], nn.Module]
@@ -181,11 +183,18 @@ def initialise(model: nn.Module, weights: Any, seed: int) -> Any:
 def count_classes(source: Any, num_classes: int) -> np.ndarray:
     """The pixels of each class in each image of a source: (images, num_classes) int64."""
 
-    def count(index: int) -> np.ndarray:
-        return np.bincount(source.label(index).ravel(), minlength=256)[:num_classes]
+    def count(places: range) -> list[np.ndarray]:
+        return [np.bincount(source.label(place).ravel(), minlength=256)[:num_classes] for place in places]
 
-    counts = tqdm(map_ahead(count, range(len(source))), "counting pixels", len(source), False, unit="img", disable=None)
-    return np.stack(list(counts))
+    # Threads that hand over one small label at a time would mostly wait for each other.
+    every = range(len(source))
+    parts = map_ahead(count, (every[start : start + _COUNTED_AT_ONCE] for start in every[::_COUNTED_AT_ONCE]))
+    counts: list[np.ndarray] = []
+    with tqdm(desc="counting pixels", total=len(source), leave=False, unit="img", disable=None) as bar:
+        for part in parts:
+            counts += part
+            bar.update(len(part))
+    return np.stack(counts)
 
 
 def weigh_classes(counts: np.ndarray, rule: str) -> tuple[float, ...]:

@@ -129,7 +129,7 @@ def prepare(work: str, load: Load, batches: Iterator[dict[str, np.ndarray]]) -> 
             max_degrees=load.max_degrees if load.model == "improved" and work != "stage1-cached" else 0.0,
             axis_name=train.AXIS,
         )
-        step = train.pmap_step(update, devices, donate=True, keyed=True)
+        step = train.pmap_step(update, devices, donate=True, compact=not freeze, keyed=True)
         state, key = train.start_stage(variables, tx, devices), train.replicate(jax.random.key(0), devices)
         variables = None  # the state has copies
         on_devices = train.batches_on_devices(batches, devices)

@@ -29,7 +29,8 @@ class Misfit(ValueError):
     def __init__(self, what: str, faults: dict[str, list[str]], remedy: str):
         self.faults = {title: items for title, items in faults.items() if items}
         lists = "; ".join(_some(title, items) for title, items in self.faults.items())
-        super().__init__(f"{what} ({lists}); {remedy}")
+        # First what a person can do: the lists are long.
+        super().__init__(f"{what}; {remedy} ({lists})")
 
 
 def check_fit(tensors: Mapping[str, Any], name: str) -> None:

@@ -124,7 +124,7 @@ def written(monkeypatch):
 def three_updates(update, number, written):
     """The state and the metrics after three updates on so many devices; of what was written down nothing is there."""
     devices = jax.devices()[:number]
-    step = train.pmap_step(update, devices, donate=True, keyed=True)
+    step = train.pmap_step(update, devices, donate=True, compact=True, keyed=True)
     key = train.replicate(jax.random.key(0), devices)
     state = before = train.replicate({"sum": jnp.zeros(3)}, devices)
     for batch in train.batches_on_devices([{"x": np.arange(12.0).reshape(4, 3)}] * 3, devices):
@@ -184,7 +184,7 @@ def test_a_step_that_calls_python_stays_as_it_was_compiled(written):
         return {"sum": state["sum"] + batch["x"].sum(0)}, {}
 
     devices = jax.devices()[:1]
-    step = train.pmap_step(update, devices, donate=True, keyed=True)
+    step = train.pmap_step(update, devices, donate=True, compact=True, keyed=True)
     state, key = train.replicate({"sum": jnp.zeros(3)}, devices), train.replicate(jax.random.key(0), devices)
     for batch in train.batches_on_devices([{"x": np.full((1, 3), number)} for number in (2.0, 3.0)], devices):
         state, _ = step(state, batch, key)

@@ -450,13 +450,13 @@ def test_all_faults_are_named_and_of_very_many_the_first(tensors):
 )
 def test_the_encoder_that_fits_is_suggested(tmp_path, given, wanted):
     shapes = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in random_tensors(given).items()}
-    assert refusal(convert_resnet, dict(shapes), wanted).endswith(f"these look like {given}'s: use --encoder {given}")
+    assert f"these look like {given}'s: use --encoder {given} (" in refusal(convert_resnet, dict(shapes), wanted)
     # One tensor less: nearest, but not without saying so.
     del shapes["bn1.bias"]
     message = refusal(convert_resnet, dict(shapes), wanted)
-    assert message.endswith(f"the nearest encoder is {given}, of whose tensors 1 do not fit")
+    assert f"the nearest encoder is {given}, of whose tensors 1 do not fit (" in message
     assert message.count("use --encoder") == 0
-    assert refusal(convert_resnet, dict(shapes), given).endswith(f"weights of a {given}")
+    assert f"weights of a {given} (" in refusal(convert_resnet, dict(shapes), given)
 
 
 def test_no_encoder_is_suggested_where_few_tensors_fit(tensors):
@@ -465,12 +465,12 @@ def test_no_encoder_is_suggested_where_few_tensors_fit(tensors):
         {f"net.{name}": array for name, array in tensors.items() if "layer1" not in name},
     ):
         message = refusal(convert_resnet, given, "resnet50")
-        assert message.endswith("give torchvision's or timm's weights of a resnet50") and "resnet18" not in message
+        assert "give torchvision's or timm's weights of a resnet50 (" in message and "resnet18" not in message
     # The same names with other shapes do not make a ResNet either.
     wide = {
         name: np.broadcast_to(np.float32(0), (2 * array.shape[0], *array.shape[1:])) for name, array in tensors.items()
     }
-    assert refusal(convert_resnet, wide, "resnet50").endswith("weights of a resnet50")
+    assert "weights of a resnet50 (" in refusal(convert_resnet, wide, "resnet50")
     # The tensor that is wanted counts where its shape does: of a ResNet-34's names most are a ResNet-50's too.
     shapes = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in random_tensors("resnet34").items()}
     assert "--encoder resnet34" in refusal(convert_resnet, shapes, "resnet50")
@@ -481,8 +481,8 @@ def test_a_prefix_that_is_in_the_way_is_named(tmp_path, tensors, prefix):
     prefixed = {prefix + name: array for name, array in tensors.items()} | {"head.weight": np.zeros(3)}
     path = write_safetensors(tmp_path / "a.safetensors", prefixed)
     message = refusal(load_encoder, "resnet18", path)
-    assert message.endswith(f"without the prefix {prefix!r} they are resnet18's: save them under names without it")
-    assert refusal(load_encoder, "resnet34", path).endswith("names without it and use --encoder resnet18")
+    assert f"without the prefix {prefix!r} they are resnet18's: save them under names without it (" in message
+    assert "names without it and use --encoder resnet18 (" in refusal(load_encoder, "resnet34", path)
     two = {f"teacher.{name}": array for name, array in tensors.items()} | prefixed
     assert f"without the prefix 'teacher.' or {prefix!r} they" in refusal(convert_resnet, two, "resnet18")
 
