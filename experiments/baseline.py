@@ -2,12 +2,12 @@
 
 import sys
 
-from experiments.start import start
+from experiments.start import start_training
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the experiment with the given arguments, or the command line's; returns the exit code."""
-    return start("baseline", __doc__, argv)
+    return start_training("baseline", __doc__, argv)
 
 
 if __name__ == "__main__":

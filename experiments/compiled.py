@@ -25,7 +25,7 @@ def keep_compiled_programs() -> None:
     folder = cache_folder() / "compiled" / hashlib.sha256(_processor().encode()).hexdigest()[:16]
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _BYTES)
-    # The small ones too: there are some ten before the first step.
+    # The small ones too: there are five before the first step.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 

@@ -24,8 +24,8 @@ from jaxseg.segmenter import STRIDE, Segmenter
 
 # Of the smallest size; what a model's parameters are does not depend on it.
 _IMAGE = np.zeros((1, STRIDE, STRIDE, 3), np.uint8)
-# Images.
-_COUNTED_AT_ONCE = 32
+# Labels: threads that hand over one small label at a time mostly wait for each other. Of few large ones each has some.
+_COUNTED_AT_ONCE = 16
 
 # (num_classes, dropout_rate) -> decoder.
 MakeDecoder = Callable[[int, float], nn.Module]
@@ -186,7 +186,6 @@ def count_classes(source: Any, num_classes: int) -> np.ndarray:
     def count(places: range) -> list[np.ndarray]:
         return [np.bincount(source.label(place).ravel(), minlength=256)[:num_classes] for place in places]
 
-    # Threads that hand over one small label at a time would mostly wait for each other.
     every = range(len(source))
     parts = map_ahead(count, (every[start : start + _COUNTED_AT_ONCE] for start in every[::_COUNTED_AT_ONCE]))
     counts: list[np.ndarray] = []

@@ -21,7 +21,7 @@ from experiments.processes import Agreement, Mistake, Processes, start
 from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, to_json
 from experiments.stages import Records, resume, share_resumed, train_stages
-from experiments.stop import Stop, Terminated, catch_signals, interrupted_by_signals
+from experiments.stop import NOTHING_BEGAN, Stop, Terminated, catch_signals, interrupted_by_signals
 from experiments.workdir import check_workdir, claim_workdir, differ
 from jaxseg import boundary, checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
@@ -50,18 +50,18 @@ def work_together(settings: Settings, work: Callable[[Processes, Settings], int 
     Returns:
       The exit code.
     """
-    # What Orbax's threads cannot write they show with tracebacks; it is raised again where it can be told in a line.
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    keep_compiled_programs()
-    give_back_what_compiling_took()
     try:
+        # What Orbax's threads cannot write they show with tracebacks; it is raised again, and then told in a line.
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        keep_compiled_programs()
+        give_back_what_compiling_took()
         processes = start(settings)
         find_devices()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped before anything began", file=sys.stderr)
+        print(NOTHING_BEGAN, file=sys.stderr)
         return 130
     try:
         # Not jax.config.update: what is compiled already would then be searched no more.

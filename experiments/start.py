@@ -4,9 +4,10 @@ import contextlib
 import sys
 
 from experiments.memory import collecting_nothing_imported, keep_freed_memory
+from experiments.stop import NOTHING_BEGAN
 
 
-def start(experiment: str, purpose: str, argv: list[str] | None) -> int:
+def start_training(experiment: str, purpose: str, argv: list[str] | None) -> int:
     """Trains one model, or explains the options.
 
     Args:
@@ -33,6 +34,6 @@ def start(experiment: str, purpose: str, argv: list[str] | None) -> int:
             from experiments.prepare import DECODERS
             from experiments.run import run
     except KeyboardInterrupt:
-        print("\nstopped before anything began", file=sys.stderr)
+        print(NOTHING_BEGAN, file=sys.stderr)
         return 130
     return run(settings, DECODERS[experiment])

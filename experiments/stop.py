@@ -8,6 +8,9 @@ from signal import SIGINT, SIGTERM, Signals, default_int_handler, getsignal
 from signal import signal as set_handler
 from typing import Any
 
+# What Ctrl-C is answered where there is nothing yet that could be gone on with.
+NOTHING_BEGAN = "\nstopped before anything began"
+
 
 @dataclasses.dataclass
 class Stop:

@@ -64,12 +64,12 @@ def lecun_normal() -> nn.initializers.Initializer:
 
 
 def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
-    """What `model.init` gives, but drawn on the host, by NumPy: nothing is compiled.
+    """What `model.init` gives, but drawn on the host, by NumPy, and nothing is compiled.
 
     A generator for each array takes long to compile: of a ResNet-18 and its decoder `jax.jit(model.init)` takes 16 to
-    19 s on two cores of an EPYC, and this some 0.5. The distributions are the same, the numbers others. Arrays of other
-    initializers than those of this module are those of `model.init`, jitted, with a key of its own. Not for use within
-    `jax.jit` or another transformation.
+    19 s on two cores of an EPYC, and this some 0.7. The distributions are the same, the numbers others: a function of
+    the key and of NumPy's version. Arrays of other initializers than those of this module are those of `model.init`,
+    jitted, with the same key. Not for use within `jax.jit` or another transformation.
 
     Args:
       model: a module.
@@ -96,12 +96,14 @@ def init(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
         return [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
 
     structure = jax.tree.structure(jax.eval_shape(trace, key))
-    arrays, rest = _draw(key, asked), iter(jax.jit(others)(key) if None in places else ())
+    # Not what was noted within a function that JAX keeps traced: another time it may not be noted.
+    arrays = _draw(key, {place: one for place, one in enumerate(asked) if place in places})
+    rest = iter(jax.jit(others)(key) if None in places else ())
     leaves = [np.array(next(rest)) if place is None else arrays[place] for place in places]
     return jax.tree.unflatten(structure, leaves)
 
 
-def _draw(key: jax.Array, asked: list[_Asked]) -> list[np.ndarray]:
+def _draw(key: jax.Array, asked: dict[int, _Asked]) -> dict[int, np.ndarray]:
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
 
     def draw(array: jax.Array | jax.ShapeDtypeStruct, mean: float, deviation: float) -> np.ndarray:
@@ -110,7 +112,7 @@ def _draw(key: jax.Array, asked: list[_Asked]) -> list[np.ndarray]:
         numbers = np.float32(deviation) * generator.standard_normal(array.shape, np.float32)
         return numbers.astype(array.dtype, copy=False)
 
-    return [draw(*one) for one in asked]
+    return {place: draw(*one) for place, one in asked.items()}
 
 
 def _note(array: jax.Array, mean: float, deviation: float) -> jax.Array:

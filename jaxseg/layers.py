@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors
 from flax import linen as nn
+from flax.core import meta
 
 from jaxseg.convolution import conv, conv_transpose
 from jaxseg.devices import mean_over_devices
@@ -22,7 +23,7 @@ def _param(
     module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...], dtype: Any
 ) -> jax.Array:
     """What `module.param` gives; that would trace the initializer each time, to compare its shape with the array's."""
-    value: Any = module.get_variable("params", name)
+    value: Any = meta.unbox(module.get_variable("params", name))
     if value is None:
         return module.param(name, initializer, shape, dtype)
     if value.shape != shape:

@@ -246,7 +246,7 @@ def _sums(weights: Sequence[Sequence[float]], terms: Sequence[jax.Array]) -> lis
     def total(weights: Sequence[float]) -> jax.Array:
         # Not jnp's operators, which take longer to trace: a network has a thousand of these.
         weighted = [
-            term if weight == 1 else jax.lax.mul(float(weight), term)
+            term if weight == 1 else jax.lax.mul(term.dtype.type(weight), term)
             for weight, term in zip(weights, terms, strict=True)
             if weight
         ]

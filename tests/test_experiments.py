@@ -422,6 +422,14 @@ def test_the_weights_of_the_classes_come_from_the_training_labels(folder, tmp_pa
     assert f"(--class-weights {rule}): dark {weights[0]:.3g}, bright {weights[1]:.3g}\n" in said
 
 
+@pytest.mark.parametrize("number", [1, 16, 17, 70])
+def test_the_pixels_of_each_label_are_counted_in_order(number):
+    labels = [np.full((2, index + 1), index % 5, np.uint8) for index in range(number)]
+    source = type("Source", (), {"label": lambda _, index: labels[index], "__len__": lambda _: number})()
+    expected = [[2 * (index + 1) * (index % 5 == k) for k in range(4)] for index in range(number)]
+    np.testing.assert_array_equal(preparing.count_classes(source, 4), expected)
+
+
 def test_a_class_that_no_label_shows_weighs_one():
     counts = np.array([[30, 10, 0], [40, 0, 0]])
     # Of the pixels of the images that show it the first class has 70 of 80, the second 10 of 40; their median 0.5625.

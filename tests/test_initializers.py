@@ -134,6 +134,12 @@ class Scanned(nn.Module):
         return layers(nn.Dense(2, kernel_init=constant(1.0), bias_init=constant(0.0), name="dense"), x, None)[0]
 
 
+class KeptAndDrawn(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return dense(normal(lambda shape: 1.0))(dense(KEPT_TRACE)(x))
+
+
 KEPT_TRACE = jax.jit(normal(lambda shape: 1.0), static_argnums=(1, 2))
 
 
@@ -147,6 +153,11 @@ def test_what_is_not_of_these_initializers_is_as_the_model_makes_it(model):
     assert np.all(expected["params"].get("kernel", 1))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(got))
+
+
+def test_what_is_noted_once_and_never_again_draws_no_numbers():
+    drawn, again = (init(KeptAndDrawn(), jax.random.key(0), np.ones((1, 2))) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, drawn, again)
 
 
 def test_no_tracer_is_kept():

@@ -18,6 +18,7 @@ from flax import linen as nn
 from jaxseg import cpu
 from jaxseg.convolution import conv, conv_transpose
 from jaxseg.layers import BatchNorm, Conv, ConvTranspose, dropout, max_pool
+from jaxseg.winograd import winograd_pays
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "layers_torch.npz"
 # (N, H, W, C)
@@ -736,6 +737,19 @@ def test_an_array_that_is_there_is_taken_if_it_fits_and_nothing_is_drawn(make):
         layer.apply({"params": {"kernel": jnp.ones((4, 4, 2, 5))}}, x)
     with pytest.raises(errors.ScopeParamNotFoundError):
         layer.apply({"params": {"other": jnp.ones(3)}}, x)
+    boxed = make(kernel_init=nn.with_partitioning(draw, (None, None, None, "features")))
+    variables = boxed.init(jax.random.key(0), x)
+    assert isinstance(variables["params"]["kernel"], nn.Partitioned)
+    np.testing.assert_array_equal(boxed.apply(variables, x), layer.apply(nn.unbox(variables), x))
+
+
+def test_layers_of_float32_work_where_python_s_numbers_are_float64():
+    with jax.enable_x64(True):
+        x = jnp.ones((1, 16, 16, 32), jnp.float32)
+        assert winograd_pays(x, (3, 3, 32, 32), 1, 1)
+        layer = Conv(32, (3, 3), padding=1)
+        variables = layer.init(jax.random.key(0), x)
+        assert jax.jit(layer.apply)(variables, x).dtype == jnp.float32
 
 
 def record():

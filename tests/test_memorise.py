@@ -34,6 +34,7 @@ def test_eight_camvid_images_are_learnt_by_heart(shared, optimised):
     variables["params"]["encoder"], variables["batch_stats"]["encoder"] = encoder["params"], encoder["batch_stats"]
     eval_batch = {**batch, "label_size": np.full((8, 2), SIZE, np.int32)}
     evaluate = functools.partial(train.make_evaluate(model, NUM_CLASSES, devices), batches=[eval_batch])
+    # Whether 80 updates of everything are enough, or 100, and how long it lasts, depends on the random numbers.
     for freeze, rate, epochs in ((True, 1e-3, 1), (False, 2e-3, 12)):
         stage = train.Stage("by heart", epochs, rate, freeze)
         tx = make_optimizer(rate, freeze, b2=0.98)

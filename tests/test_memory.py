@@ -237,7 +237,9 @@ def test_the_collector_leaves_what_was_imported_alone():
         gc.unfreeze()
 
 
-@pytest.mark.parametrize("interrupted", ["experiments.settings.parse", "experiments.run.start"])
+@pytest.mark.parametrize(
+    "interrupted", ["experiments.settings.parse", "experiments.run.keep_compiled_programs", "experiments.run.start"]
+)
 def test_ctrl_c_before_anything_began_is_told_in_a_line(interrupted, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt

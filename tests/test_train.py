@@ -230,6 +230,14 @@ def run_stage(variables, freeze, epochs, steps, devices=DEVICES, evaluate=evalua
     )
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_only_the_program_of_a_whole_backward_pass_is_loaded_anew(variables, freeze, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(train, "reloaded", lambda step, devices: loaded.append(step) or step)
+    assert list(run_stage(variables, freeze, 1, 1, DEVICES[:1]))
+    assert len(loaded) == (not freeze)
+
+
 @pytest.mark.parametrize(("freeze", "devices"), [(True, DEVICES), (False, DEVICES), (False, DEVICES[:1])])
 def test_the_loop_compiles_each_step_once(variables, freeze, devices):
     compiled = []

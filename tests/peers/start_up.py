@@ -14,11 +14,12 @@ import time
 def run_to_first_step() -> None:
     """Does what the command does, and ends the process when the first step is done."""
     from experiments import baseline
-    from experiments.memory import keep_freed_memory
+    from experiments.memory import collecting_nothing_imported, keep_freed_memory
 
     # As the command does. What is replaced below needs jax, which takes long to import: not twice.
     keep_freed_memory(may_restart=True)
-    from jaxseg import train
+    with collecting_nothing_imported():
+        from jaxseg import train
 
     def first_step_done(epoch, step, metrics, index):
         float(metrics["loss"])
