@@ -10,6 +10,7 @@ import tyro
 
 from experiments.datasets import find_data, options_of, same_data, short_name
 from experiments.memory import keep_freed_memory
+from experiments.stop import end_on_ctrl_c
 from experiments.trained import ModelOptions, classify_source, make_classify, open_run, work_until_stopped
 from experiments.workdir import check_folder
 from jaxseg.files import replacing, write_json
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the comparison with the given arguments, or the command line's; returns the exit code."""
     choice = tyro.cli(Choice, prog="python -m experiments.compare", description=__doc__, args=argv)
     keep_freed_memory(may_restart=argv is None)
+    end_on_ctrl_c(by_command=argv is None)
     try:
         opened = open_runs(choice)
     except (ValueError, OSError) as error:

@@ -16,6 +16,7 @@ import tyro
 from experiments.datasets import short_name
 from experiments.memory import keep_freed_memory
 from experiments.settings import Options, Settings, complete, describe_schedule, read_options
+from experiments.stop import end_on_ctrl_c
 from jaxseg.files import replacing
 
 # Where the report has the same.
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     keep_freed_memory(may_restart=argv is None)
+    end_on_ctrl_c(by_command=argv is None)
     # Imported only now: jax takes seconds, and --help must not wait for it.
     from experiments.prepare import make_improved
     from experiments.series import Series, Variant, run_series

@@ -13,6 +13,7 @@ import tyro
 from experiments.class_maps import UnfitError, find_class_maps, read_class_maps
 from experiments.datasets import DataOptions, find_data, options_of, same_data, short_name
 from experiments.memory import keep_freed_memory
+from experiments.stop import end_on_ctrl_c
 from experiments.trained import (
     ModelOptions,
     classify_source,
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command with the given arguments, or the command line's; returns the exit code."""
     settings = tyro.cli(Settings, prog="python -m experiments.evaluate", description=__doc__, args=argv)
     keep_freed_memory(may_restart=argv is None)
+    end_on_ctrl_c(by_command=argv is None)
     try:
         if settings.worst < 0:
             raise ValueError(f"--worst must be 0 or more, not {settings.worst}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from experiments.memory import keep_freed_memory
+from experiments.stop import end_on_ctrl_c
 from experiments.trained import ModelOptions, describe, make_classify, open_run, work_until_stopped
 from experiments.workdir import check_folder
 
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command with the given arguments, or the command line's; returns the exit code."""
     settings = tyro.cli(Settings, prog="python -m experiments.predict", description=__doc__, args=argv)
     keep_freed_memory(may_restart=argv is None)
+    end_on_ctrl_c(by_command=argv is None)
     try:
         paths, passed_over = find_images(settings.images)
         check_output(settings, paths)

@@ -21,7 +21,7 @@ from experiments.processes import Agreement, Mistake, Processes, start
 from experiments.results import draw, print_table, write_results
 from experiments.settings import Settings, to_json
 from experiments.stages import Records, resume, share_resumed, train_stages
-from experiments.stop import NOTHING_BEGAN, Stop, Terminated, catch_signals, interrupted_by_signals
+from experiments.stop import Stop, Terminated, catch_signals, interrupted_by_signals
 from experiments.workdir import check_workdir, claim_workdir, differ
 from jaxseg import boundary, checkpoint, metrics, optimizer, summary, train
 from jaxseg.data import loader
@@ -60,9 +60,6 @@ def work_together(settings: Settings, work: Callable[[Processes, Settings], int 
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(NOTHING_BEGAN, file=sys.stderr)
-        return 130
     try:
         # Not jax.config.update: what is compiled already would then be searched no more.
         with processes.silence_others(), interrupted_by_signals(), jax.debug_nans(settings.debug_nans):
@@ -291,7 +288,7 @@ def execute(run: Run, meta: dict[str, Any]) -> int | None:
                         rows, step, checksum = progress.rows, int(state.step), progress.checksum
                         over = progress.epoch > run.stages[progress.stage].epochs
                         place = "which is over" if over else f"epoch {progress.epoch}"
-                        print(f"going on after {step} updates: stage {progress.stage}, {place}")
+                        print(f"going on after {step} update{'s' * (step != 1)}: stage {progress.stage}, {place}")
                     log = logs.enter_context(open_log(run, rows, step, checksum))
             resumed = share_resumed(run, resumed)
             # One function for all splits and stages: it compiles once where the labels' sizes agree.

@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from signal import SIGINT, SIGTERM, Signals, default_int_handler, getsignal
 from signal import signal as set_handler
 from typing import Any
-
-# What Ctrl-C is answered where there is nothing yet that could be gone on with.
-NOTHING_BEGAN = "\nstopped before anything began"
 
 
 @dataclasses.dataclass
@@ -60,6 +58,24 @@ class Stop:
         return number > 0
 
 
+def end_on_ctrl_c(by_command: bool) -> None:
+    """From here on Ctrl-C ends the process at once, with a line, but where a function of this module handles it.
+
+    For commands that are to import jax: an exception that is raised within that becomes another one, or aborts.
+
+    Args:
+      by_command: whether the process is the command's own; otherwise nothing changes.
+    """
+    # Not where it is ignored, as in the background of a shell.
+    if by_command and getsignal(SIGINT) is default_int_handler:
+        set_handler(SIGINT, _end)
+
+
+def _end(number: int, _: Any) -> None:
+    os.write(2, b"\nstopped\n")
+    os._exit(128 + number)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, where nothing is to be saved."""
 
@@ -78,8 +94,8 @@ class _Interrupt:
 def interrupted_by_signals() -> Iterator[None]:
     """Within it SIGTERM interrupts, as Ctrl-C does: raises Terminated. What was lost `catch_signals` raises again."""
     interrupt, before = _Interrupt(), {SIGTERM: getsignal(SIGTERM)}
-    if getsignal(SIGINT) is default_int_handler:  # not where it is ignored, as in the background of a shell
-        before[SIGINT] = default_int_handler
+    if getsignal(SIGINT) in (default_int_handler, _end):
+        before[SIGINT] = getsignal(SIGINT)
     for number in before:
         set_handler(number, interrupt)
     try:
@@ -98,7 +114,11 @@ def catch_signals(agreement: Any = None) -> Iterator[Stop]:
     def ask(number: int, _: Any) -> None:
         stop.ask(Signals(number))
         put_back()
-        print("\nstopping: saving what is trained; once more to stop without", file=sys.stderr)
+        print(
+            "\nstopping: saving what is trained, after the step that is computed or compiled now; once more to stop"
+            " without saving",
+            file=sys.stderr,
+        )
 
     def put_back() -> None:
         for number, handler in before.items():

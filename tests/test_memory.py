@@ -217,14 +217,15 @@ def test_a_first_call_that_was_broken_off_can_be_made_again():
 def test_a_command_starts_again_before_its_options_are_read_but_not_to_explain_them(
     module, option, may_restart, monkeypatch, capsys
 ):
-    asked = []
+    asked, ending = [], []
     monkeypatch.setattr(
         start, "keep_freed_memory", lambda may_restart: asked.append((may_restart, capsys.readouterr()))
     )
+    monkeypatch.setattr(start, "end_on_ctrl_c", ending.append)
     monkeypatch.setattr("sys.argv", ["program", option])
     with pytest.raises(SystemExit):
         module.main()
-    assert asked == [(may_restart, ("", ""))] and capsys.readouterr() != ("", "")
+    assert asked == [(may_restart, ("", ""))] and ending == [True] and capsys.readouterr() != ("", "")
 
 
 def test_the_collector_leaves_what_was_imported_alone():
@@ -235,15 +236,3 @@ def test_the_collector_leaves_what_was_imported_alone():
         assert gc.isenabled() and gc.get_freeze_count() > frozen
     finally:
         gc.unfreeze()
-
-
-@pytest.mark.parametrize(
-    "interrupted", ["experiments.settings.parse", "experiments.run.keep_compiled_programs", "experiments.run.start"]
-)
-def test_ctrl_c_before_anything_began_is_told_in_a_line(interrupted, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(interrupted, interrupt)
-    assert baseline.main(["--dataset", "folder:nowhere", "--num-classes", "2", "--weights", "none"]) == 130
-    assert capsys.readouterr().err == "\nstopped before anything began\n"

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -78,6 +80,39 @@ def test_ctrl_c_that_is_ignored_stays_so():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+ENDING = """
+import os, signal, sys
+from experiments.stop import end_on_ctrl_c, interrupted_by_signals
+
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[2]))
+end_on_ctrl_c(by_command=sys.argv[1] == "command")
+try:
+    with interrupted_by_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+    print("ignored")
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("as ever")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "printed", "said", "code"),
+    [
+        (("command", "default_int_handler"), "interrupted\n", "\nstopped\n", 130),
+        (("function", "default_int_handler"), "interrupted\nas ever\n", "", 0),
+        (("command", "SIG_IGN"), "ignored\n", "", 0),
+    ],
+)
+def test_ctrl_c_ends_a_command_at_once_but_where_it_is_handled(options, printed, said, code):
+    command = [sys.executable, "-c", ENDING, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == (printed, said, code)
 
 
 def test_without_a_signal_the_handlers_come_back():
