@@ -50,11 +50,11 @@ def work_together(settings: Settings, work: Callable[[Processes, Settings], int 
     Returns:
       The exit code.
     """
+    # What Orbax's threads cannot write they show with tracebacks; it is raised again where it can be told in a line.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    keep_compiled_programs()
+    give_back_what_compiling_took()
     try:
-        # What Orbax's threads cannot write they show with tracebacks; it is raised again, and then told in a line.
-        absl_logging.set_verbosity(absl_logging.FATAL)
-        keep_compiled_programs()
-        give_back_what_compiling_took()
         processes = start(settings)
         find_devices()
     except ValueError as error:
