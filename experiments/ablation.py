@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments.arguments import quick_arguments
 from experiments.datasets import short_name
 from experiments.memory import keep_freed_memory
 from experiments.settings import Options, Settings, check_seed, complete, describe_schedule, read_options
@@ -20,6 +21,7 @@ from jaxseg.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Choice:
     """The options of the ablation."""
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import tyro
 
+from experiments.arguments import quick_arguments
 from experiments.memory import give_back_what_compiling_took, keep_freed_memory
 from jaxseg.memory import give_back_freed_memory
 
@@ -35,6 +36,7 @@ _LEGEND = (
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Settings:
     """Settings of the benchmark."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from experiments.arguments import quick_arguments
 from experiments.datasets import SPLITS, DataOptions, find_absent, find_unchecked, short_name
 from experiments.workdir import check_folder
 
@@ -24,6 +25,7 @@ _SHOWN = 50
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Choice(DataOptions):
     """The options of the check."""
 

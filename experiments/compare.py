@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from experiments.arguments import quick_arguments
 from experiments.datasets import find_data, options_of, same_data, short_name
 from experiments.memory import keep_freed_memory
 from experiments.stop import end_on_ctrl_c
@@ -17,6 +18,7 @@ from jaxseg.files import replacing, write_json
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Choice:
     """The options of the comparison."""
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.arguments import quick_arguments
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -24,6 +26,7 @@ _FOR_TFDS = ("image_key", "label_key", "label_offset", "label_ignore", "splits")
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class DataOptions:
     """Which data set; the settings of every command that reads one have these options."""
 

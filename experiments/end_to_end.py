@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments.arguments import quick_arguments
 from experiments.datasets import short_name
 from experiments.memory import keep_freed_memory
 from experiments.settings import Options, Settings, complete, describe_schedule, read_options
@@ -24,6 +25,7 @@ FIGURES = {15: "figures/15_loss.png", 16: "figures/16_mean_iou.png"}
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Choice:
     """The options of the experiment."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from experiments.arguments import quick_arguments
 from experiments.class_maps import UnfitError, find_class_maps, read_class_maps
 from experiments.datasets import DataOptions, find_data, options_of, same_data, short_name
 from experiments.memory import keep_freed_memory
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Settings(ModelOptions, DataOptions):
     """Settings of an evaluation."""
 

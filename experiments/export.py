@@ -8,8 +8,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from experiments.arguments import quick_arguments
+
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Settings:
     """Settings of an export."""
 

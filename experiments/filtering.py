@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments.arguments import quick_arguments
 from jaxseg.files import replacing
 
 # The file of each of the report's figures.
@@ -21,6 +22,7 @@ MAX_SIZE = 1001
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Settings:
     """Settings of the filtering."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from experiments.arguments import quick_arguments
 from experiments.memory import keep_freed_memory
 from experiments.stop import end_on_ctrl_c
 from experiments.trained import ModelOptions, describe, make_classify, open_run, work_until_stopped
@@ -29,6 +30,7 @@ _WAITING = 32
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Settings(ModelOptions):
     """Settings of a prediction."""
 

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import tyro
 
+from experiments.arguments import quick_arguments
+
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Settings:
     """Settings of the report."""
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from experiments.arguments import quick_arguments
 from experiments.datasets import KINDS, DataOptions, check_options, short_name, split_dataset
 
 T = TypeVar("T")
@@ -73,6 +74,7 @@ _FREE |= set(_PROCESSES)
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class Options(DataOptions):
     """Settings of a run as they are given. An option left at None takes the value of the data set's recipe."""
 

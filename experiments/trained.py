@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from experiments.arguments import quick_arguments
+
 if TYPE_CHECKING:
     from jaxseg.inference import Trained
     from jaxseg.manner import Manner
 
 
 @dataclasses.dataclass(frozen=True)
+@quick_arguments
 class ModelOptions:
     """Which model of a run, and how it classifies images."""
 

@@ -3,8 +3,6 @@
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -180,10 +178,3 @@ def test_prepared_data_are_checked_too(tmp_path, capsys, monkeypatch):
     assert check_data.main(["--dataset", "shapes:small"]) == 0
     out = capsys.readouterr().out
     assert "beach ball" in out and (tmp_path / "runs" / "check-shapes-small" / "contact.png").is_file()
-
-
-def test_help_comes_without_jax_or_numpy():
-    code = "import sys; from experiments.check_data import main\n"
-    code += "try: main(['--help'])\nfinally: print({'jax', 'numpy'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
-    assert "--images" in out and out.strip().endswith("set()")

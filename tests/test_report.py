@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -373,13 +371,3 @@ def test_a_damaged_encoder_rate_is_the_files_fault(tmp_path, output, capsys):
 def test_text_is_escaped_and_markup_is_not():
     assert element("p", "a<b", Html("<i>"), class_='"') == '<p class="&quot;">a&lt;b<i></p>'
     assert "<td>&amp;</td>" in table(["", ""], [["<", "&"]]) and '<th scope="row">&lt;</th>' in table([""], [["<"]])
-
-
-def test_help_comes_without_loading_jax_or_matplotlib():
-    code = (
-        "import sys; from experiments.report import main\n"
-        "try: main(['--help'])\n"
-        "finally: print({'jax', 'matplotlib', 'numpy'} & set(sys.modules))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
-    assert out.strip().endswith("set()") and "--output" in out and "RUN" in out
