@@ -1,5 +1,6 @@
 """Shared fixtures. Four simulated CPU devices, so that every test can compare one device with several."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -9,10 +10,10 @@ import tempfile
 # All must be set before jax is first imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 # Most programs run a few times here: compiling them takes longer. No optimisation and, where there still are any, the
-# older emitters (another XLA ends at a flag that it does not know) take a quarter of the time; a test that trains for
-# long calls for optimised programs (`optimised`).
+# older emitters take a quarter of the time, and less yet in one piece, as other tests have the other cores (another XLA
+# ends at a flag that it does not know); a test that trains for long calls for optimised programs (`optimised`).
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # PyTorch's threads would wait for each other where several workers share the cores.
@@ -54,6 +55,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Of several workers (`-n`), one that has nothing left to do takes over what another one has before it."""
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "worksteal"
+
+
+def pytest_collection_finish() -> None:
+    """Searches what is there now for garbage no more, and the rest less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 10, 10)
 
 
 def pytest_unconfigure() -> None:
