@@ -18,7 +18,7 @@ from jaxseg.segmenter import Segmenter
 SIZE, NUM_CLASSES = (48, 64), 11
 
 
-def test_eight_camvid_images_are_learnt_by_heart(shared, optimised):
+def test_eight_camvid_images_are_learnt_by_heart(shared, request):
     _, splits = open_folder(shared / "data" / "camvid", NUM_CLASSES)
     # Spread over the split, because its neighbours are frames of one film.
     items = [splits["train"][index] for index in range(0, len(splits["train"]), 46)]
@@ -36,6 +36,8 @@ def test_eight_camvid_images_are_learnt_by_heart(shared, optimised):
     evaluate = functools.partial(train.make_evaluate(model, NUM_CLASSES, devices), batches=[eval_batch])
     # Whether 80 updates of everything are enough, or 100, and how long it lasts, depends on the random numbers.
     for freeze, rate, epochs in ((True, 1e-3, 1), (False, 2e-3, 12)):
+        if not freeze:
+            request.getfixturevalue("optimised")  # it pays where there are many updates
         stage = train.Stage("by heart", epochs, rate, freeze)
         tx = make_optimizer(rate, freeze, b2=0.98)
         state = train.start_stage(variables, tx, devices)
