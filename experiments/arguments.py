@@ -18,9 +18,9 @@ def quick_arguments(options: type[T]) -> type[T]:
     """Tells tyro how to read and to explain each option, which it would find out itself, but slowly.
 
     To be applied to a class before it becomes a dataclass. `X | None` and tuples are annotated with tyro's own way of
-    reading X or the tuple. Of such types it would check the defaults with typeguard, whose import is a third of
+    reading X or the tuple. Of such types it would check the defaults with typeguard, whose import takes two fifths of
     --help's time; as `Optional` with None in front and as any object they are checked without. The explanation is the
-    string below the option, as one paragraph: tyro would keep its lines.
+    string below the option, as one paragraph: tyro would break it where the source does.
 
     Raises:
       TypeError: an option is a union of more than one type and None, or what is in a union or tuple cannot be read.
@@ -41,8 +41,11 @@ def quick_arguments(options: type[T]) -> type[T]:
 
 def _explanations(options: type) -> dict[str, str]:
     """The string below each of a class's annotations that has one."""
-    module = ast.parse(inspect.getsource(sys.modules[options.__module__]))
-    found = {}
+    found: dict[str, str] = {}
+    try:
+        module = ast.parse(inspect.getsource(sys.modules[options.__module__]))
+    except OSError:  # installed without its source
+        return found
     for node in ast.walk(module):
         if isinstance(node, ast.ClassDef) and node.name == options.__name__:
             for pair in itertools.pairwise(node.body):
@@ -53,7 +56,7 @@ def _explanations(options: type) -> dict[str, str]:
 
 
 def _optional_reader(written: Any) -> PrimitiveConstructorSpec:
-    """Reads X of `X | None`, so that --help and mistakes are of X alone, and still the word None."""
+    """Reads X of `X | None`, so that --help and mistakes are of X alone; and None where X is any one word."""
     kinds = set(get_args(written)) - {types.NoneType}
     if len(kinds) != 1:
         raise TypeError(f"an option cannot be of type {written}")
