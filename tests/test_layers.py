@@ -273,6 +273,40 @@ def test_which_input_gradients_are_products_on_cpu_and_none_on_gpu(layer, shape,
     assert count == {"cpu": products, "cuda": 0}
 
 
+def test_what_other_platforms_compute_equals_what_a_cpu_does(monkeypatch):
+    layers = {
+        "stem": (functools.partial(conv, strides=2, padding=3), (2, 20, 17, 3), [(7, 7, 3, 64)]),
+        "Winograd's on a CPU": (functools.partial(conv, strides=1, padding=1), (8, 16, 10, 64), [(3, 3, 64, 64)]),
+        "many channels": (functools.partial(conv, strides=1, padding=1), (2, 3, 2, 257), [(3, 3, 257, 8)]),
+        "strided": (functools.partial(conv, strides=2, padding=1), (3, 9, 8, 64), [(3, 3, 64, 32)]),
+        "head": (functools.partial(conv, strides=1, padding=0), (2, 9, 8, 16), [(1, 1, 16, 9)]),
+        "transposed": (conv_transpose, (2, 6, 8, 64), [(4, 4, 64, 32)]),
+        "transposed, many channels": (conv_transpose, (2, 3, 2, 257), [(4, 4, 257, 4)]),
+        "max-pool": (max_pool, (2, 9, 8, 5), []),
+    }
+    inputs = {
+        name: [normal(seed, one) for seed, one in enumerate([shape, *kernel])]
+        for name, (_, shape, kernel) in layers.items()
+    }
+    on_cpu = {name: value_and_gradients(layer, *inputs[name]) for name, (layer, *_) in layers.items()}
+    asked = []
+
+    def of_another(*arrays, default, **forms):
+        asked.append(set(forms))
+        return default(*arrays)
+
+    try:
+        with monkeypatch.context() as context:
+            context.setattr(jax.lax, "platform_dependent", of_another)
+            jax.clear_caches()  # what was traced before would be taken
+            for name, (layer, *_) in layers.items():
+                asked.clear()
+                assert_close(value_and_gradients(layer, *inputs[name]), on_cpu[name], 1e-5)
+                assert asked and all(platforms == {"cpu"} for platforms in asked), name
+    finally:
+        jax.clear_caches()
+
+
 def gradients_of(layer):
     return jax.grad(lambda x, kernel: layer(x, kernel).sum(), (0, 1))
 
