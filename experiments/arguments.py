@@ -69,8 +69,15 @@ def _optional_reader(written: Any) -> PrimitiveConstructorSpec:
 
 
 def _reader(written: Any) -> PrimitiveConstructorSpec:
-    """How tyro reads a type that is not marked in any way."""
+    """How tyro reads a type that is not marked in any way, and what it is if it cannot be read."""
     reader = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(written, set()))
     if not isinstance(reader, PrimitiveConstructorSpec):
         raise TypeError(f"an option cannot be of type {written}")
-    return reader
+
+    def read(texts: list[str]) -> Any:
+        try:
+            return reader.instance_from_str(texts)
+        except ValueError:
+            raise ValueError(f"expected {reader.metavar}, not {' '.join(texts)}") from None
+
+    return dataclasses.replace(reader, instance_from_str=read)

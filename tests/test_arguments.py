@@ -60,10 +60,11 @@ def test_values_are_those_that_tyro_reads_by_itself(argv):
     ("argv", "message"),
     [
         ("--pair 1", "Missing value for argument '--pair'. Expected 2 values."),
-        ("--pair 1 x", "Error parsing --pair: Could not parse arguments ['1', 'x'] into tuple type tuple[int, float]"),
+        ("--pair 1 x", "Error parsing --pair: expected INT FLOAT, not 1 x"),
         ("--size None", "Missing value for argument '--size'. Expected 2 values."),
+        ("--many 1 x", "Error parsing --many: expected [INT [INT ...]], not 1 x"),
         ("--kinds a c", "invalid choice 'c' for argument '--kinds'. Expected one of"),
-        ("--number 1.5", "Error parsing --number: invalid literal for int() with base 10: '1.5'"),
+        ("--number 1.5", "Error parsing --number: expected INT, not 1.5"),
         ("--word None", "invalid choice 'None' for argument '--word'. Expected one of ('x', 'y')."),
         ("--word z", "invalid choice 'z' for argument '--word'. Expected one of ('x', 'y')."),
     ],
