@@ -27,11 +27,12 @@ _PROCESSOR = pathlib.Path("/proc/cpuinfo")
 # In training there are no pauses, after which the memory that a step gave back is slow to come again, for some steps.
 _STEPS_AFTER_A_PAUSE = 3
 # Of the table.
-_LINE = "{:<13} {:<18} {:>9} {:>18} {:>9} {:>8} {:>6} {:>8} {:>6}"
+_LINE = "{:<13} {:<18} {:>9} {:>18} {:>9} {:>9} {:>8} {:>6} {:>8} {:>6}"
 _LEGEND = (
-    "ms/step: median (least-most) of all rounds; start: to the end of the first step; share: of the matrix"
-    " product's speed; MiB: the process' peak memory in the rounds, on macOS and on a GPU since it started; start"
-    " and MiB of several starts: the median; ratio: jaxseg's ms/step divided by the row's"
+    "ms/step: median (least-most) of all rounds; start: to the end of the first step; compile: how much longer that"
+    " step takes than the next ones, in which nothing is traced and compiled; share: of the matrix product's speed;"
+    " MiB: the process' peak memory in the rounds, on macOS and on a GPU since it started; start, compile and MiB of"
+    " several starts: the median; ratio: jaxseg's ms/step divided by the row's"
 )
 
 
@@ -164,7 +165,11 @@ def _measure_works(works: Sequence[str], programs: list[str], settings: Settings
     """
     from tqdm import tqdm
 
-    print(_LINE.format("work", "program", "images/s", "ms/step", "start s", "GFLOP/s", "share", "MiB", "ratio"))
+    print(
+        _LINE.format(
+            "work", "program", "images/s", "ms/step", "start s", "compile s", "GFLOP/s", "share", "MiB", "ratio"
+        )
+    )
     turns = {work: programs[:1] if work == "stage1-cached" else programs for work in works}
     starts: dict[str, list[dict[str, Any]]] = {work: [] for work in turns}
     passes = settings.starts + settings.kept_programs
@@ -201,8 +206,13 @@ def _print_unfinished(starts: dict[str, list[dict[str, Any]]], settings: Setting
 def _print_rows(work: str, rows: dict[str, dict[str, Any]]) -> None:
     for program, row in rows.items():
         spread = f"{row['ms']:.1f} ({row['ms_min']:.1f}-{row['ms_max']:.1f})"
-        numbers = [f"{row['images_per_s']:.1f}", spread, f"{row['start_s']:.1f}", f"{row['gflops']:.0f}"]
-        numbers += [f"{row['share_of_peak']:.0%}", f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
+        numbers = [f"{row['images_per_s']:.1f}", spread, f"{row['start_s']:.1f}", f"{row['compile_s']:.1f}"]
+        numbers += [
+            f"{row['gflops']:.0f}",
+            f"{row['share_of_peak']:.0%}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['ratio']:.2f}",
+        ]
         print(_LINE.format(work, program, *numbers), flush=True)
 
 
@@ -260,7 +270,7 @@ def _rows(starts: list[dict[str, dict[str, Any]]], settings: Settings, peak_gflo
             "ms_max": max(times),
             "images_per_s": images_per_s,
             "peak_mib": statistics.median(start["peak_mib"] for start in its),
-            "start_s": statistics.median(start["start_s"] for start in its),
+            **{name: statistics.median(start[name] for start in its) for name in ("start_s", "compile_s")},
             "gflop_per_image": gflop_per_image,
             "gflops": gflop_per_image * images_per_s,
             "share_of_peak": gflop_per_image * images_per_s / peak_gflops,
@@ -333,14 +343,17 @@ def _serve(pipe: Any, program: str, work: str, settings: Settings) -> None:
                 from tests.peers import torch_works
 
                 work_on = torch_works.prepare(work, load, batches, program.partition(" ")[2])
+            prepared = time.perf_counter()
             work_on(1)
-            start = time.perf_counter() - began
+            first = time.perf_counter()
             work_on(settings.steps)
+            step_s = (time.perf_counter() - first) / settings.steps
             _forget_peak()
         except Exception as error:  # whatever it is, the other process must hear of it
             pipe.send(RuntimeError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
             return
-        pipe.send({"start_s": start, "gflop_per_image": works.gigaflops(work, load)})
+        took = {"start_s": first - began, "compile_s": max(0.0, first - prepared - step_s)}
+        pipe.send(took | {"gflop_per_image": works.gigaflops(work, load)})
         while True:
             try:
                 question = pipe.recv()

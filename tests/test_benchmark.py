@@ -42,6 +42,7 @@ def test_it_measures_and_writes_what_it_measured(tmp_path, capsys):
     results = json.loads(path.read_text())
     row = results["work"]["stage1-cached"]["jaxseg"]
     assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["ratio"] == 1
+    assert 0 < row["compile_s"] < row["start_s"]
     np.testing.assert_allclose(row["images_per_s"] * row["ms"], 1e3 * 4)
     np.testing.assert_allclose(row["gflops"], row["gflop_per_image"] * row["images_per_s"])
     np.testing.assert_allclose(row["share_of_peak"], row["gflops"] / results["peak_gflops"])
@@ -58,7 +59,8 @@ class _Program:
     def __init__(self, program, work, settings):
         self.program, self.work = program, work
         self.alive.append(self)
-        self.machine = {"start_s": sum(one[1] == work for one in self.started), "gflop_per_image": 7.0}
+        number = sum(one[1] == work for one in self.started)
+        self.machine = {"start_s": number, "compile_s": number / 2, "gflop_per_image": 7.0}
         self.started.append((program, work))
 
     def ask(self, question):
@@ -114,7 +116,8 @@ def test_the_times_of_all_starts_are_pooled(programs, tmp_path, capsys):
         assert list(rows) == ["jaxseg", "torch eager"]
         for row, start in ((rows["jaxseg"], 4), (rows["torch eager"], 5)):
             assert (row["ms_min"], row["ms"], row["ms_max"]) == (0, 3250, 12500)
-            assert (row["start_s"], row["peak_mib"], row["gflop_per_image"]) == (start, 200, 7)
+            assert (row["start_s"], row["compile_s"]) == (start, start / 2)
+            assert (row["peak_mib"], row["gflop_per_image"]) == (200, 7)
             np.testing.assert_allclose(row["images_per_s"], 4 / 3.25)
             assert [one["ms"] for one in row["starts"]] == [[0, 500], [2000, 4500], [8000, 12500]]
         # Once, and when the peak of its start is known.
